@@ -1,0 +1,1 @@
+"""trace-offline: measure what a language model learned, checkpoint by checkpoint, after training."""

@@ -1,0 +1,1 @@
+"""What every stage shares: value types, errors, hashing, parameters. Loads neither torch nor duckdb."""

@@ -1,0 +1,1 @@
+"""Fixed evaluation sets: format, builders, alignment of words to tokens."""
