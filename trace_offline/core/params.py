@@ -29,9 +29,7 @@ def parse_params(kind: type[P], owner: str, values: Mapping[str, Any]) -> P:
     for name in values:
         if name not in known:
             listed = ", ".join(sorted(known)) or "none"
-            raise UsageError(
-                f'{owner} has no parameter "{name}".{nearest(name, known)} Its parameters: {listed}.'
-            )
+            raise UsageError(f'{owner} has no parameter "{name}".{nearest(name, known)} Its parameters: {listed}.')
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:

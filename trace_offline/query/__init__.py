@@ -1,1 +1,5 @@
+"""Reading a store: SQL in, Arrow tables out."""
 
+from trace_offline.query.reader import Store
+
+__all__ = ["Store"]

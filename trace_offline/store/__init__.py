@@ -1,1 +1,5 @@
+"""One DuckDB file per store: schema, migrations, and the single writer."""
 
+from trace_offline.store.writer import Writer
+
+__all__ = ["Writer"]

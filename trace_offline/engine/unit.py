@@ -1,0 +1,65 @@
+"""What travels to a worker: references and plain values only, never a model or a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from trace_offline.core.hashing import canonical_json, digest
+from trace_offline.core.types import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class AnalysisRequest:
+    """One analyzer with one set of parameters, to run on the checkpoint of the unit it belongs to."""
+
+    analysis_id: str
+    analyzer: str
+    version: str
+    params: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkSettings:
+    """What all units of a run share."""
+
+    evaluation_set: str
+    evaluation_hash: str
+    device: str
+    dtype: str
+    seed: int
+    threads: int
+    model_factory: str | None = None
+    blocks: str | None = None
+    tokenizer: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One checkpoint with all its missing analyses: one load, one forward pass."""
+
+    checkpoint: Checkpoint
+    requests: tuple[AnalysisRequest, ...]
+    settings: WorkSettings
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Identifies the unit within a run."""
+        return digest(*(request.analysis_id for request in self.requests))
+
+
+def analysis_id(
+    fingerprint: str, analyzer: str, version: str, params: Mapping[str, Any], evaluation_hash: str, dtype: str, seed: int
+) -> str:
+    """The identity of an analysis: change any part and it is a new one; change none and it is never done twice."""
+    return digest(fingerprint, analyzer, version, canonical_json(dict(params)), evaluation_hash, dtype, str(seed))
+
+
+def model_fingerprint(fingerprint: str, model_factory: str | None, blocks: str | None) -> str:
+    """Weights served by another factory are another model, so the factory belongs to the identity."""
+    if model_factory is None and blocks is None:
+        return fingerprint
+    return digest(fingerprint, model_factory or "", blocks or "")

@@ -1,0 +1,253 @@
+"""The body of one unit of work. It never raises: everything that goes wrong becomes an outcome with its reason."""
+
+from __future__ import annotations
+
+import functools
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trace_offline.core.errors import EvaluationSetError, NotApplicable, TraceOfflineError
+from trace_offline.core.types import AnalysisStatus, Array, Artifact, Measurement, Outcome
+from trace_offline.engine.unit import AnalysisRequest, Unit, WorkSettings
+
+_BAR = "/"
+
+
+@dataclass
+class _Job:
+    """One analysis on its way: its analyzer, context, and how it ended if it already has."""
+
+    request: AnalysisRequest
+    analyzer: Any = None
+    context: Any = None
+    outcome: Outcome | None = None
+    seconds: float = 0.0
+
+
+def run_unit(unit: Unit) -> list[Outcome]:
+    """Load the checkpoint once, run one pass, let every analyzer measure; one outcome for each request."""
+    jobs = [_Job(request) for request in unit.requests]
+    device = unit.settings.device
+    try:
+        _limit_threads(unit.settings.threads)
+        device = resolve_device(unit.settings.device)
+        _measure_all(unit, jobs, device)
+    except Exception as error:
+        for job in jobs:
+            if job.outcome is None:
+                job.outcome = _ended(job, error, device)
+    versions = library_versions()
+    return [_stamp(job, versions, device) for job in jobs]
+
+
+def resolve_device(name: str) -> str:
+    """``auto`` → ``cuda`` when there is one, else ``cpu``."""
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _limit_threads(threads: int) -> None:
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    torch.set_num_threads(threads)
+    threadpool_limits(threads)
+
+
+@functools.cache
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that can change a number; stored with every analysis."""
+    from importlib.metadata import version
+
+    names = ("trace-offline", "torch", "transformers", "numpy", "scipy", "scikit-learn")
+    return {name: version(name) for name in names}
+
+
+@functools.lru_cache(maxsize=2)
+def _evaluation_set(folder: str, expected_hash: str) -> Any:
+    from trace_offline.evaluation.evaluation_set import EvaluationSet
+
+    loaded = EvaluationSet.load(Path(folder))
+    if loaded.hash != expected_hash:
+        raise EvaluationSetError(f"The evaluation set {folder} changed while the run was going on; start it again.")
+    return loaded
+
+
+@functools.cache
+def _model_cache() -> Any:
+    from trace_offline.checkpoints.loading import ModelCache
+
+    return ModelCache()
+
+
+def _measure_all(unit: Unit, jobs: list[_Job], device: str) -> None:
+    from trace_offline.activations.forward import run_pass
+    from trace_offline.analyzers.base import Context
+    from trace_offline.analyzers.registry import registry
+    from trace_offline.checkpoints.loading import load_model
+
+    settings = unit.settings
+    evaluation = _evaluation_set(settings.evaluation_set, settings.evaluation_hash)
+    check_tokenizer_of(unit, evaluation)
+    model = load_model(
+        unit.checkpoint,
+        device=device,
+        dtype=settings.dtype,
+        model_factory=settings.model_factory,
+        blocks=settings.blocks,
+        trust_remote_code=settings.trust_remote_code,
+        cache=_model_cache(),
+    )
+    _check_vocabulary(model, evaluation, unit)
+
+    collectors: dict[str, Any] = {}
+    for job in jobs:
+        started = time.perf_counter()
+        try:
+            kind = registry().get(job.request.analyzer)
+            job.analyzer = kind()
+            params = kind.Params.model_validate(dict(job.request.params))
+            job.context = Context(model, evaluation, params, settings.seed, step=unit.checkpoint.step)
+            for name, collector in job.analyzer.collectors(job.context).items():
+                collectors[f"{job.request.analyzer}{_BAR}{name}"] = collector
+        except BaseException as error:
+            job.outcome = _ended(job, error, device)
+        job.seconds += time.perf_counter() - started
+
+    collectors = {name: c for name, c in collectors.items() if not _over(jobs, name)}
+    started = time.perf_counter()
+    broken: Mapping[str, BaseException] = run_pass(model, evaluation, collectors) if collectors else {}
+    shared = (time.perf_counter() - started) / max(1, len({_owner(name) for name in collectors}))
+    for name, error in broken.items():
+        for job in jobs:
+            if job.request.analyzer == _owner(name) and job.outcome is None:
+                job.outcome = _ended(job, error, device)
+
+    for job in jobs:
+        if job.outcome is None:
+            _measure(job, collectors, shared, device)
+
+
+def _owner(name: str) -> str:
+    return name.split(_BAR, 1)[0]
+
+
+def _over(jobs: list[_Job], name: str) -> bool:
+    return any(job.request.analyzer == _owner(name) and job.outcome is not None for job in jobs)
+
+
+def _measure(job: _Job, collectors: Mapping[str, Any], shared_seconds: float, device: str) -> None:
+    started = time.perf_counter()
+    try:
+        own = {n.split(_BAR, 1)[1]: c for n, c in collectors.items() if _owner(n) == job.request.analyzer}
+        job.context.collected = {name: collector.finish() for name, collector in own.items()}
+        measurements, arrays, artifacts = [], [], []
+        for item in job.analyzer.measure(job.context):
+            if isinstance(item, Measurement):
+                measurements.append(item)
+            elif isinstance(item, Array):
+                arrays.append(item)
+            elif isinstance(item, Artifact):
+                artifacts.append(item)
+            else:
+                raise TypeError(
+                    f"{job.request.analyzer} yielded {type(item).__name__}; expected Measurement, Array or Artifact"
+                )
+        if not measurements and not arrays:
+            raise NotApplicable(f"{job.request.analyzer} found nothing to measure in this evaluation set.")
+        job.seconds += time.perf_counter() - started + (shared_seconds if own else 0.0)
+        job.outcome = Outcome(
+            job.request.analysis_id,
+            AnalysisStatus.OK,
+            _reasons(measurements),
+            measurements=tuple(measurements),
+            arrays=tuple(arrays),
+            artifacts=tuple(artifacts),
+        )
+    except BaseException as error:
+        job.seconds += time.perf_counter() - started
+        job.outcome = _ended(job, error, device)
+    finally:
+        # The table of hidden states goes before the next analyzer measures.
+        if job.context is not None:
+            job.context.collected = {}
+
+
+def _reasons(measurements: list[Measurement]) -> str | None:
+    """Why some numbers of a successful analysis are NULL: each distinct reason once, with how often it occurred."""
+    counts: dict[str, int] = {}
+    for item in measurements:
+        if item.value is None:
+            reason = item.reason or "no reason given"
+            counts[reason] = counts.get(reason, 0) + 1
+    if not counts:
+        return None
+    return "; ".join(f"{reason} ({count}×)" for reason, count in counts.items())
+
+
+def _ended(job: _Job, error: BaseException, device: str) -> Outcome:
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    if isinstance(error, NotApplicable):
+        return Outcome(job.request.analysis_id, AnalysisStatus.NOT_APPLICABLE, error.message, device=device)
+    if isinstance(error, TraceOfflineError):
+        return Outcome(job.request.analysis_id, AnalysisStatus.FAILED, error.message, device=device)
+    text = "".join(traceback.format_exception(error)[-4:]).strip()
+    message = f"{type(error).__name__}: {error}"
+    return Outcome(job.request.analysis_id, AnalysisStatus.FAILED, message, device=device, detail={"traceback": text})
+
+
+def _stamp(job: _Job, versions: dict[str, str], device: str) -> Outcome:
+    import dataclasses
+
+    outcome = job.outcome
+    if outcome is None:
+        outcome = Outcome(job.request.analysis_id, AnalysisStatus.FAILED, "the analysis ended without an outcome")
+    return dataclasses.replace(outcome, versions=versions, seconds=job.seconds, device=device)
+
+
+def check_tokenizer_of(unit: Unit, evaluation: Any) -> None:
+    """Refuse a checkpoint whose tokenizer gives other ids than the evaluation set's, naming both."""
+    from trace_offline.checkpoints.tokenizer import tokenizer_folder, tokenizer_hash
+    from trace_offline.evaluation.evaluation_set import check_tokenizer
+
+    if evaluation.tokenizer_hash is None:
+        return
+    folder = tokenizer_folder(unit.checkpoint, unit.settings.tokenizer)
+    if folder is None:
+        return
+    check_tokenizer(evaluation, tokenizer_hash(Path(folder)), str(folder))
+
+
+def _check_vocabulary(model: Any, evaluation: Any, unit: Unit) -> None:
+    """Ids beyond the embedding table would end in an index error deep inside the model."""
+    getter = getattr(model.module, "get_input_embeddings", None)
+    table = getter() if callable(getter) else None
+    rows = getattr(table, "num_embeddings", None)
+    largest = _largest_id(unit.settings)
+    if rows is not None and largest >= rows:
+        raise EvaluationSetError(
+            f'The evaluation set "{evaluation.name}" contains token id {largest}, but the embedding of the checkpoint '
+            f"{unit.checkpoint.location} has only {rows} rows: they belong to different tokenizers."
+        )
+
+
+@functools.lru_cache(maxsize=2)
+def _largest(folder: str, expected_hash: str) -> int:
+    evaluation = _evaluation_set(folder, expected_hash)
+    block = 1024
+    return max(
+        int(evaluation.tokens(start, min(start + block, evaluation.n_examples)).input_ids.max())
+        for start in range(0, evaluation.n_examples, block)
+    )
+
+
+def _largest_id(settings: WorkSettings) -> int:
+    return _largest(settings.evaluation_set, settings.evaluation_hash)

@@ -1,0 +1,101 @@
+"""A result table as text or file: aligned columns, CSV, JSON, Parquet."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trace_offline.core.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    import pyarrow
+
+FORMATS = ("table", "csv", "json", "parquet")
+
+
+def check_format(name: str) -> None:
+    """Raise UsageError for an unknown format, naming the nearest."""
+    if name not in FORMATS:
+        raise UsageError(f'--format: "{name}" is not known.{nearest(name, FORMATS)} There are: {", ".join(FORMATS)}.')
+
+
+def render(table: pyarrow.Table, form: str) -> bytes:
+    """The table in one of ``FORMATS`` as bytes ending in a newline (except Parquet)."""
+    check_format(form)
+    if form == "parquet":
+        import pyarrow.parquet
+
+        sink = io.BytesIO()
+        pyarrow.parquet.write_table(table, sink, compression="zstd")
+        return sink.getvalue()
+    if form == "csv":
+        import pyarrow.csv
+
+        sink = io.BytesIO()
+        pyarrow.csv.write_csv(_without_lists(table), sink)
+        return sink.getvalue()
+    if form == "json":
+        return (json.dumps(table.to_pylist(), ensure_ascii=False, default=str, indent=1) + "\n").encode()
+    return _aligned(table).encode()
+
+
+def write(table: pyarrow.Table, form: str, output: Path) -> None:
+    """The table into a file. Raises UsageError when the place cannot be written."""
+    content = render(table, form)
+    try:
+        output.write_bytes(content)
+    except OSError as error:
+        raise UsageError(f"--output: cannot write {output}: {error.strerror or error}.") from error
+
+
+def _without_lists(table: pyarrow.Table) -> pyarrow.Table:
+    """CSV has no lists: they become JSON text."""
+    import pyarrow as pa
+
+    for index, field in enumerate(table.schema):
+        if pa.types.is_nested(field.type):
+            text = pa.array(
+                [None if v is None else json.dumps(v) for v in table.column(index).to_pylist()], pa.string()
+            )
+            table = table.set_column(index, field.name, text)
+    return table
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        if value and math.isfinite(value) and (abs(value) >= 1e7 or abs(value) < 1e-4):
+            return f"{value:.4e}"
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        shown = ", ".join(_cell(item) for item in value[:4])
+        return f"[{shown}{', …' if len(value) > 4 else ''}] ({len(value)})"
+    return str(value)
+
+
+def _aligned(table: pyarrow.Table) -> str:
+    names = table.column_names
+    columns = [[_cell(value) for value in table.column(i).to_pylist()] for i in range(len(names))]
+    numeric = [_is_number(table.schema.field(i).type) for i in range(len(names))]
+    widths = [max([len(name), *map(len, column)]) for name, column in zip(names, columns, strict=True)]
+
+    def line(cells: list[str]) -> str:
+        parts = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(cells, widths, numeric, strict=True)]
+        return "  ".join(parts).rstrip()
+
+    lines = [line(list(names)), line(["-" * width for width in widths])]
+    lines += [line([column[i] for column in columns]) for i in range(table.num_rows)]
+    count = table.num_rows
+    return "\n".join([*lines, f"({count} row{'' if count == 1 else 's'})"]) + "\n"
+
+
+def _is_number(kind: pyarrow.DataType) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))

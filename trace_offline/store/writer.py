@@ -1,0 +1,279 @@
+"""The single writer of a store: one transaction per analysis, so that a killed run loses nothing acknowledged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import duckdb
+import filelock
+
+from trace_offline.core.errors import StoreError
+from trace_offline.core.hashing import canonical_json
+from trace_offline.core.types import AnalysisStatus, Checkpoint, Outcome
+from trace_offline.store.connection import check_version, connection
+from trace_offline.store.rows import array_table, checkpoint_row, measurement_table
+from trace_offline.store.schema import CREATE, MIGRATIONS, SCHEMA_VERSION, STORAGE_VERSION
+
+
+def _now() -> datetime:
+    # Naive UTC: fetching TIMESTAMP WITH TIME ZONE needs pytz, which DuckDB does not bring.
+    return datetime.now(UTC).replace(tzinfo=None)
+
+
+class Writer:
+    """Holds the store's own lock file for its lifetime and DuckDB's lock only for the length of a transaction."""
+
+    def __init__(self, path: Path, lock: filelock.FileLock) -> None:
+        self.path = path
+        self._lock = lock
+
+    @classmethod
+    def open(cls, path: Path, *, create: bool = True) -> Writer:
+        """Lock the store for writing; create it or bring it to the current schema when needed.
+
+        Raises StoreError when another run writes to it, when it cannot be written, or when it comes from a newer
+        release.
+        """
+        path = path.absolute()
+        if not path.parent.is_dir():
+            raise StoreError(f"The folder {path.parent} for the store does not exist; make it first.")
+        if path.is_dir():
+            raise StoreError(f"{path} is a folder; --store expects a file such as history.duckdb.")
+        if not create and not path.exists():
+            raise StoreError(f"No store at {path}. Run `trace-offline analyze … --store {path.name}` first.")
+        lock = filelock.FileLock(f"{path}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise StoreError(
+                f"Another run is writing to {path} (it holds {path.name}.lock). Wait for it to end, or give --store "
+                "another file."
+            ) from None
+        except OSError as error:
+            raise StoreError(
+                f"The store {path} cannot be locked for writing: {error.strerror or error}. Choose a place you may "
+                "write to with --store."
+            ) from error
+        writer = cls(path, lock)
+        try:
+            if not path.exists():
+                writer._create()
+            writer._migrate()
+        except BaseException:
+            writer.close()
+            raise
+        return writer
+
+    def close(self) -> None:
+        """Release the lock file. The file itself is removed so that nothing is left behind."""
+        if self._lock.is_locked:
+            # Unlinked while still held: a process that waits on the old inode finds the path gone and makes a new one.
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _create(self) -> None:
+        # Built beside its final name and renamed, so that a killed creation never leaves half a store.
+        fresh = self.path.with_name(self.path.name + ".new")
+        fresh.unlink(missing_ok=True)
+        try:
+            con = duckdb.connect(":memory:")
+            try:
+                quoted = str(fresh).replace("'", "''")
+                con.execute(f"attach '{quoted}' as fresh (storage_version '{STORAGE_VERSION}')")
+                con.execute("use fresh")
+                con.execute(CREATE)
+                con.execute("insert into meta values ('schema_version', ?)", [str(SCHEMA_VERSION)])
+                con.execute("use memory")
+                con.execute("detach fresh")
+            finally:
+                con.close()
+            os.replace(fresh, self.path)
+        except (duckdb.Error, OSError) as error:
+            fresh.unlink(missing_ok=True)
+            raise StoreError(_write_failure(self.path, error)) from error
+
+    def _migrate(self) -> None:
+        with self.transaction() as con:
+            version = check_version(con, self.path)
+            while version < SCHEMA_VERSION:
+                con.execute(MIGRATIONS[version])
+                version += 1
+                con.execute("update meta set value = ? where key = 'schema_version'", [str(version)])
+
+    @contextmanager
+    def transaction(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """One transaction; rolled back when the body raises. DuckDB errors become StoreError."""
+        try:
+            with connection(self.path, read_only=False) as con:
+                con.begin()
+                try:
+                    yield con
+                except BaseException:
+                    _rollback(con)
+                    raise
+                con.commit()
+        except (duckdb.Error, OSError) as error:
+            raise StoreError(_write_failure(self.path, error)) from error
+
+    def register_run(
+        self, run: str, source: str, evaluation_set_path: str, options: Mapping[str, Any], model_type: str | None = None
+    ) -> None:
+        """Record where a run came from, so that ``rerun`` needs nothing but the store."""
+        with self.transaction() as con:
+            con.execute(
+                """insert into runs values (?, ?, ?, ?, ?, ?) on conflict (run) do update set source = excluded.source,
+                evaluation_set_path = excluded.evaluation_set_path, options = excluded.options,
+                model_type = coalesce(excluded.model_type, runs.model_type)""",
+                [run, source, evaluation_set_path, canonical_json(dict(options)), model_type, _now()],
+            )
+
+    def register_evaluation_set(self, row: Mapping[str, Any]) -> None:
+        """Insert or refresh an evaluation set; keys are the columns of ``evaluation_sets``."""
+        columns = ("hash", "name", "path", "n_examples", "n_tokens", "tokenizer_hash", "objective", "source", "licence")
+        with self.transaction() as con:
+            con.execute(
+                f"insert or replace into evaluation_sets ({', '.join(columns)}) values (?,?,?,?,?,?,?,?,?)",
+                [row.get(name) for name in columns],
+            )
+
+    def register_checkpoints(self, run: str, named: Iterable[tuple[str, Checkpoint]]) -> None:
+        """Insert or refresh checkpoints given as (short name, checkpoint), in one transaction.
+
+        A known fingerprint is kept when discovery brings none (a hub revision that is not downloaded now).
+        """
+        rows = [checkpoint_row(run, name, checkpoint) for name, checkpoint in named]
+        if not rows:
+            return
+        marks = ", ".join("?" * 15)
+        with self.transaction() as con:
+            con.executemany(
+                f"""insert into checkpoints values ({marks}) on conflict (checkpoint_id) do update set
+                checkpoint = excluded.checkpoint, tokens_seen = excluded.tokens_seen, epoch = excluded.epoch,
+                layout = excluded.layout, location = excluded.location, revision = excluded.revision,
+                state = excluded.state, reason = excluded.reason,
+                fingerprint = coalesce(excluded.fingerprint, checkpoints.fingerprint),
+                size_bytes = excluded.size_bytes, duplicate_of = excluded.duplicate_of""",
+                rows,
+            )
+
+    def plan(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Record which analyses belong to which checkpoints (idempotent)."""
+        columns = (
+            "checkpoint_id", "analysis_id", "fingerprint", "analyzer", "analyzer_version", "params", "evaluation_set",
+            "dtype", "seed",
+        )  # fmt: skip
+        values = [[row[name] for name in columns] + [_now()] for row in rows]
+        if not values:
+            return
+        with self.transaction() as con:
+            con.executemany(f"insert or ignore into planned values ({', '.join('?' * 10)})", values)
+
+    def record(self, outcome: Outcome, identity: Mapping[str, Any]) -> None:
+        """Store one outcome, replacing an earlier one of the same identity, in one transaction.
+
+        ``identity`` holds fingerprint, analyzer, analyzer_version, params (canonical JSON), evaluation_set, dtype,
+        seed. Artifacts are written beside the store before the transaction, so that a stored path always exists.
+        """
+        artifacts = self._write_artifacts(outcome)
+        with self.transaction() as con:
+            old = con.execute("select analysis from analyses where analysis_id = ?", [outcome.analysis_id]).fetchone()
+            fresh = con.execute(
+                "select coalesce(max(analysis), 0) + 1, coalesce(max(sequence), 0) + 1 from analyses"
+            ).fetchone()
+            assert fresh is not None  # an aggregate always has one row
+            ending = [
+                outcome.status.value, outcome.message, outcome.seconds, outcome.device,
+                json.dumps(outcome.versions, sort_keys=True), int(fresh[1]), _now(),
+            ]  # fmt: skip
+            if old:
+                key = int(old[0])
+                for table in ("measurements", "array_values", "artifacts"):
+                    con.execute(f"delete from {table} where analysis = ?", [key])
+                con.execute(
+                    "update analyses set status = ?, message = ?, seconds = ?, device = ?, versions = ?, sequence = ?, "
+                    "finished_at = ? where analysis = ?",
+                    [*ending, key],
+                )
+            else:
+                key = int(fresh[0])
+                con.execute(
+                    f"insert into analyses values ({', '.join('?' * 16)})",
+                    [
+                        key, outcome.analysis_id, identity["fingerprint"], identity["analyzer"],
+                        identity["analyzer_version"], identity["params"], identity["evaluation_set"],
+                        identity["dtype"], identity["seed"], *ending,
+                    ],
+                )  # fmt: skip
+            if outcome.status is AnalysisStatus.OK:
+                rows = measurement_table(key, outcome.measurements)
+                con.register("new_measurements", rows)
+                con.execute("insert into measurements select * from new_measurements")
+                con.unregister("new_measurements")
+                if outcome.arrays:
+                    con.register("new_arrays", array_table(key, outcome.arrays))
+                    con.execute("insert into array_values select * from new_arrays")
+                    con.unregister("new_arrays")
+                for name, path, sha256 in artifacts:
+                    con.execute("insert into artifacts values (?, ?, ?, ?)", [key, name, path, sha256])
+
+    def _write_artifacts(self, outcome: Outcome) -> list[tuple[str, str, str]]:
+        written = []
+        folder = self.path.with_suffix(".artifacts") / outcome.analysis_id
+        try:
+            for artifact in outcome.artifacts:
+                folder.mkdir(parents=True, exist_ok=True)
+                target = folder / f"{artifact.name}{artifact.suffix}"
+                fresh = target.with_name(target.name + ".new")
+                fresh.write_bytes(artifact.content)
+                os.replace(fresh, target)
+                relative = target.relative_to(self.path.parent).as_posix()
+                written.append((artifact.name, relative, hashlib.sha256(artifact.content).hexdigest()))
+        except OSError as error:
+            raise StoreError(_write_failure(self.path, error)) from error
+        return written
+
+    def remember_fingerprints(self, known: Mapping[tuple[str, int, int], str]) -> None:
+        """Keep file digests by (path, size, mtime_ns), so that the next run need not read the files again."""
+        rows = [[path, size, mtime, value] for (path, size, mtime), value in known.items()]
+        if rows:
+            with self.transaction() as con:
+                con.executemany("insert or replace into fingerprints values (?, ?, ?, ?)", rows)
+
+    def read(self, sql: str, values: list[Any] | None = None) -> list[tuple[Any, ...]]:
+        """Rows of a query on the store, through a short read-only connection."""
+        with connection(self.path, read_only=True) as con:
+            return con.execute(sql, values or []).fetchall()
+
+
+def _rollback(con: duckdb.DuckDBPyConnection) -> None:
+    # A connection that is already dead (full disk) cannot roll back; closing it discards the transaction all the same.
+    with suppress(duckdb.Error):
+        con.rollback()
+
+
+def _write_failure(path: Path, error: BaseException) -> str:
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    full = "No space left" in text or "File too large" in text or "not enough" in text.lower()
+    advice = (
+        "The disk is full (or a quota is reached): free some space and run the same command again; "
+        "everything stored so far is safe and will not be computed twice."
+        if full
+        else "Everything stored so far is safe; mend the cause and run the same command again."
+    )
+    return f"Could not write to the store {path}: {text} {advice}"
