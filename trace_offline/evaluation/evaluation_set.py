@@ -1,0 +1,295 @@
+"""The evaluation set as the later stages see it: token batches on demand, annotations by task, one hash.
+
+Shape letters: N rows, T positions, B rows of a batch, M annotations of a task.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trace_offline.core.errors import EvaluationSetError, nearest
+from trace_offline.evaluation import format as form
+from trace_offline.evaluation import validate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IGNORED = validate.IGNORED
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Rows of the set as torch tensors ``[B, T]``: ``input_ids`` int64, ``attention_mask`` bool, ``targets`` int64.
+
+    ``targets[b, t]``: what the prediction *at* (b, t) is compared with, −100 where nothing counts.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Annotations of one task, int64 ``[M]``: ``row``, ``start``, ``end`` (exclusive), ``label`` (into ``classes``).
+
+    Ordered by row, then start. ``classes``: the names of the labels, sorted.
+    """
+
+    row: npt.NDArray[np.int64]
+    start: npt.NDArray[np.int64]
+    end: npt.NDArray[np.int64]
+    label: npt.NDArray[np.int64]
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """A frozen evaluation set on disk; token batches are read when asked for, so memory does not grow with the set.
+
+    ``labels_shifted``: True when a label at position t is compared with the prediction at t − 1 (causal LM).
+    ``alignment``: which sub-word carries a word's label (``last``, ``first``, ``mean`` over all). ``split [N]``: 0 =
+    fit probes here, 1 = score here, None = no split given. ``group [N]``: rows with the same number belong together.
+    ``summary``: what the builder counted (words aligned, truncated, …), empty for recorded sets.
+    """
+
+    folder: Path
+    name: str
+    hash: str
+    tokenizer_hash: str | None
+    objective: str
+    labels_shifted: bool
+    alignment: str
+    special_token_ids: tuple[int, ...]
+    n_examples: int
+    max_length: int
+    n_tokens: int
+    tasks: tuple[str, ...]
+    split: npt.NDArray[np.int8] | None = field(repr=False)
+    group: npt.NDArray[np.int64] = field(repr=False)
+    has_labels: bool = False
+    tokenizer: str | None = None
+    source: str = ""
+    licence: str = ""
+    summary: dict[str, Any] = field(default_factory=dict, repr=False)
+    _example: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
+    _stamps: tuple[tuple[int, int], ...] = field(default=(), repr=False)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, EvaluationSet) and self.hash == other.hash
+
+    def __hash__(self) -> int:
+        return hash(self.hash)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> EvaluationSet:
+        """Open the folder, check every value once (in chunks, constant memory) and compare the hash.
+
+        Raises EvaluationSetError when the folder is missing, damaged, altered, or from a newer version.
+        """
+        folder = Path(folder)
+        description, document = form.read_description(folder)
+        stamps = _stamps(folder)
+        batches = form.open_batches(folder)
+        where = str(folder / form.BATCHES)
+        names = set(batches.keys())
+        for name in ("input_ids", "attention_mask"):
+            if name not in names:
+                raise EvaluationSetError(f"{where}: has no tensor {name}. Build the evaluation set anew.")
+        shape = tuple(batches.get_slice("input_ids").get_shape())
+        if len(shape) != 2 or 0 in shape:
+            raise EvaluationSetError(f"{where}: input_ids must be [rows, positions] and not empty; found {shape}.")
+        n, t = shape
+        has_labels = "labels" in names
+        validate.check_meaning(
+            description.objective, description.labels_shifted, description.alignment, has_labels, str(folder)
+        )
+        example = _numbers(batches, names, "example", n, where)
+        group = _numbers(batches, names, "group", n, where)
+        split = _numbers(batches, names, "split", n, where) if "split" in names else None
+        validate.check_row_numbers(n, group, split, where)  # type: ignore[arg-type]
+        if len(np.unique(example)) != n:
+            raise EvaluationSetError(f"{where}: example must number each row differently; some rows share a number.")
+        annotations = form.read_annotations(folder, example).ordered()
+        where_annotations = str(folder / form.ANNOTATIONS)
+        validate.check_spans(
+            annotations.row, annotations.task, annotations.start, annotations.end, n, t, where_annotations
+        )
+        content_hash = form.ContentHash(description, n, t)
+        n_tokens = 0
+        for start, stop in form.row_chunks(n, t):
+            ids, mask, labels = _read_rows(batches, start, stop, shape, has_labels, where)
+            low, high = np.searchsorted(annotations.row, [start, stop])
+            validate.check_spans_attended(
+                annotations.row[low:high],
+                annotations.start[low:high],
+                annotations.end[low:high],
+                ids,
+                mask,
+                description.special_token_ids,
+                where_annotations,
+                start,
+            )
+            n_tokens += int(mask.sum(dtype=np.int64))
+            content_hash.update("input_ids", ids)
+            content_hash.update("attention_mask", mask)
+            if labels is not None:
+                content_hash.update("labels", labels)
+        content_hash.update("group", group)
+        if split is not None:
+            content_hash.update("split", split)
+        found = content_hash.finish(annotations)
+        if document.get("hash") not in (None, found):
+            raise EvaluationSetError(
+                f"{folder}: altered since it was written: {form.DESCRIPTION} says hash {document['hash']}, the content "
+                f"has {found}. Numbers from it could not be compared with earlier ones; restore the folder or build "
+                "the set anew."
+            )
+        return cls(
+            folder=folder,
+            name=description.name,
+            hash=found,
+            tokenizer_hash=description.tokenizer_hash,
+            objective=description.objective,
+            labels_shifted=description.labels_shifted,
+            alignment=description.alignment,
+            special_token_ids=description.special_token_ids,
+            n_examples=n,
+            max_length=t,
+            n_tokens=n_tokens,
+            tasks=tuple(sorted(set(annotations.task.tolist()))),
+            split=None if split is None else split.astype(np.int8),
+            group=group,
+            has_labels=has_labels,
+            tokenizer=description.tokenizer,
+            source=description.source,
+            licence=description.licence,
+            summary=description.summary,
+            _example=example,
+            _stamps=stamps,
+        )
+
+    def tokens(self, start: int, stop: int) -> TokenBatch:
+        """Rows ``start`` to ``stop`` (exclusive; may run past the end) as torch tensors.
+
+        Raises EvaluationSetError when the range is empty or the folder was changed since it was opened.
+        """
+        import torch
+
+        stop = min(stop, self.n_examples)
+        if not 0 <= start < stop:
+            raise EvaluationSetError(
+                f"{self.folder}: rows {start} to {stop} asked for; the rows are 0 to {self.n_examples - 1}."
+            )
+        self._unchanged()
+        batches = form.open_batches(self.folder)
+        where = str(self.folder / form.BATCHES)
+        ids, mask, labels = _read_rows(batches, start, stop, (self.n_examples, self.max_length), self.has_labels, where)
+        targets = self._targets(ids, mask.astype(bool), labels)
+        return TokenBatch(torch.from_numpy(ids), torch.from_numpy(mask.astype(bool)), torch.from_numpy(targets))
+
+    def _targets(
+        self,
+        ids: npt.NDArray[np.int64],
+        mask: npt.NDArray[np.bool_],
+        labels: npt.NDArray[np.int64] | None,
+    ) -> npt.NDArray[np.int64]:
+        if labels is None:
+            labels = np.where(np.isin(ids, self.special_token_ids), IGNORED, ids)
+        labels = np.where(mask, labels, IGNORED)
+        if not self.labels_shifted:
+            return labels
+        targets = np.full_like(labels, IGNORED)
+        # A prediction made at a padded position is no prediction, even when the token after it is real (left padding).
+        targets[:, :-1] = np.where(mask[:, :-1], labels[:, 1:], IGNORED)
+        return targets
+
+    def spans(self, task: str) -> Spans:
+        """The annotations of a task. Raises EvaluationSetError for a task the set does not have."""
+        if task not in self.tasks:
+            known = ", ".join(self.tasks) or "none"
+            raise EvaluationSetError(
+                f'{self.folder}: no annotations for task "{task}"; the tasks are: {known}.{nearest(task, self.tasks)}'
+            )
+        self._unchanged()
+        found = form.read_annotations(self.folder, self._example, task).ordered()
+        classes = tuple(sorted(set(found.label.tolist())))
+        codes = {name: code for code, name in enumerate(classes)}
+        label = np.asarray([codes[name] for name in found.label.tolist()], np.int64)
+        return Spans(found.row, found.start, found.end, label, classes)
+
+    def _unchanged(self) -> None:
+        if _stamps(self.folder) != self._stamps:
+            raise EvaluationSetError(
+                f"{self.folder}: changed while it was in use. An evaluation set must stay the same; restore it and run "
+                "again."
+            )
+
+
+def check_tokenizer(evaluation: EvaluationSet, tokenizer_hash: str | None, where: str) -> bool:
+    """Compare the tokenizer the set was made with and the checkpoint's; ``where`` names the checkpoint's tokenizer.
+
+    Returns False when one of the two is unknown (nothing to compare). Raises EvaluationSetError on a mismatch.
+    """
+    if evaluation.tokenizer_hash is None or tokenizer_hash is None:
+        return False
+    if evaluation.tokenizer_hash != tokenizer_hash:
+        raise EvaluationSetError(
+            f'the evaluation set "{evaluation.name}" ({evaluation.folder}) was made with the tokenizer '
+            f"{evaluation.tokenizer or 'of unknown name'} (hash {evaluation.tokenizer_hash}), but the checkpoint has "
+            f"the tokenizer {where} (hash {tokenizer_hash}). The same token ids would mean other words. Build the "
+            "evaluation set with the checkpoint's tokenizer: trace-offline evaluation-set build OUT --from FILE "
+            f"--tokenizer {where}"
+        )
+    return True
+
+
+def _stamps(folder: Path) -> tuple[tuple[int, int], ...]:
+    stamps = []
+    for name in (form.BATCHES, form.ANNOTATIONS):
+        try:
+            status = (folder / name).stat()
+        except OSError as error:
+            raise EvaluationSetError(f"{folder / name}: missing. Build the evaluation set anew.") from error
+        stamps.append((status.st_size, status.st_mtime_ns))
+    return tuple(stamps)
+
+
+def _numbers(batches: Any, names: set[str], name: str, n: int, where: str) -> npt.NDArray[np.int64]:
+    """``[N]`` whole numbers, or the row numbers when the tensor is absent."""
+    if name not in names:
+        return np.arange(n, dtype=np.int64)
+    values = batches.get_tensor(name)
+    if values.shape != (n,) or values.dtype.kind not in "iu":
+        raise EvaluationSetError(
+            f"{where}: {name} must be whole numbers, one for each of the {n} rows; found {values.dtype} {values.shape}."
+        )
+    return values.astype(np.int64)
+
+
+def _read_rows(
+    batches: Any, start: int, stop: int, shape: tuple[int, int], has_labels: bool, where: str
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
+    found = []
+    for name in ("input_ids", "attention_mask", *(["labels"] if has_labels else [])):
+        part = batches.get_slice(name)
+        if tuple(part.get_shape()) != shape:
+            raise EvaluationSetError(
+                f"{where}: {name} must have the shape {list(shape)} of input_ids; found {part.get_shape()}."
+            )
+        values = part[start:stop]
+        if values.dtype.kind not in "iub":
+            raise EvaluationSetError(f"{where}: {name} must hold whole numbers; found {values.dtype}.")
+        found.append(values.astype(np.int64))
+    ids, mask = found[0], found[1]
+    labels = found[2] if has_labels else None
+    validate.check_rows(ids, mask, labels, where, start)
+    return ids, mask, labels

@@ -1,0 +1,382 @@
+"""The evaluation-set folder on disk: how it is written, read and hashed.
+
+``batches.safetensors``: ``input_ids [N, T]``, ``attention_mask [N, T]``, optionally ``labels [N, T]``, ``example [N]``
+(the number annotations refer to a row by; default the row's own number), ``group [N]``, ``split [N]``.
+``annotations.parquet``: ``example, task, start, end, label``; token positions, end exclusive.
+``evaluation_set.json``: everything else. Format version 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trace_offline.core.errors import EvaluationSetError
+from trace_offline.core.hashing import canonical_json
+from trace_offline.evaluation import validate
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FORMAT = "trace-offline evaluation set"
+FORMAT_VERSION = 1
+BATCHES = "batches.safetensors"
+ANNOTATIONS = "annotations.parquet"
+DESCRIPTION = "evaluation_set.json"
+
+_CHUNK = 1 << 20
+"""Tokens looked at together while checking and hashing, so that memory does not grow with the set."""
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """Columns of M annotations: ``row``, ``start``, ``end`` (exclusive) int64 ``[M]``; ``task``, ``label`` str ``[M]``."""
+
+    row: npt.NDArray[np.int64]
+    task: npt.NDArray[np.object_]
+    start: npt.NDArray[np.int64]
+    end: npt.NDArray[np.int64]
+    label: npt.NDArray[np.object_]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def ordered(self) -> Annotations:
+        """Sorted by row, start, end, task, label: the order that is written and hashed."""
+        order = np.lexsort((self.label.astype(str), self.task.astype(str), self.end, self.start, self.row))
+        return Annotations(self.row[order], self.task[order], self.start[order], self.end[order], self.label[order])
+
+    @classmethod
+    def from_tuples(cls, rows: list[tuple[int, str, int, int, str]]) -> Annotations:
+        """From ``(row, task, start, end, label)``."""
+        row, task, start, end, label = zip(*rows, strict=True) if rows else ((),) * 5
+        return cls(
+            np.asarray(row, np.int64),
+            np.asarray(task, object),
+            np.asarray(start, np.int64),
+            np.asarray(end, np.int64),
+            np.asarray(label, object),
+        )
+
+
+@dataclass(frozen=True)
+class Description:
+    """What ``evaluation_set.json`` says besides counts; the first block changes numbers and is part of the hash."""
+
+    objective: str = "causal_lm"
+    labels_shifted: bool = True
+    alignment: str = "last"
+    special_token_ids: tuple[int, ...] = ()
+
+    name: str = "evaluation"
+    tokenizer_hash: str | None = None
+    tokenizer: str | None = None
+    source: str = ""
+    licence: str = ""
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    def meaning(self) -> dict[str, Any]:
+        """The part that changes numbers."""
+        return {
+            "objective": self.objective,
+            "labels_shifted": self.labels_shifted,
+            "alignment": self.alignment,
+            "special_token_ids": sorted(self.special_token_ids),
+        }
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All arrays of a set in memory, before it is written."""
+
+    input_ids: npt.NDArray[np.int64]
+    attention_mask: npt.NDArray[np.integer]
+    annotations: Annotations
+    labels: npt.NDArray[np.int64] | None = None
+    group: npt.NDArray[np.int64] | None = None
+    split: npt.NDArray[np.int8] | None = None
+
+
+class ContentHash:
+    """BLAKE2b over the content in a canonical order; independent of storage types, chunking, name and source."""
+
+    def __init__(self, description: Description, n: int, t: int) -> None:
+        self._description = description
+        self._shape = (n, t)
+        self._tensors: dict[str, hashlib.blake2b] = {}
+
+    def update(self, name: str, values: npt.NDArray[Any]) -> None:
+        """Add the next rows of a tensor."""
+        state = self._tensors.setdefault(name, hashlib.blake2b(digest_size=16))
+        state.update(np.ascontiguousarray(values, dtype="<i8").data)
+
+    def finish(self, annotations: Annotations) -> str:
+        """32 hex digits."""
+        state = hashlib.blake2b(digest_size=16)
+        tensors = {name: tensor.hexdigest() for name, tensor in self._tensors.items()}
+        state.update(canonical_json([self._description.meaning(), self._shape, tensors]).encode())
+        ordered = annotations.ordered()
+        for numbers in (ordered.row, ordered.start, ordered.end):
+            state.update(np.ascontiguousarray(numbers, dtype="<i8").data)
+        for texts in (ordered.task, ordered.label):
+            state.update(canonical_json(texts.tolist()).encode())
+        return state.hexdigest()
+
+
+def write(folder: Path, contents: Contents, description: Description) -> str:
+    """Check everything, then write the folder: a temporary neighbour first, renamed into place. Returns the hash.
+
+    A folder that already holds exactly this set is left as it is (so that a restarted training script may call again).
+    Raises EvaluationSetError for bad content, or when ``folder`` holds anything else.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from safetensors.numpy import save_file
+
+    ordered = contents.annotations.ordered()
+    _check(contents, ordered, description, str(folder))
+    n, t = contents.input_ids.shape
+    group = np.arange(n, dtype=np.int64) if contents.group is None else contents.group
+    content_hash = ContentHash(description, n, t)
+    tensors: dict[str, npt.NDArray[Any]] = {
+        "input_ids": np.ascontiguousarray(contents.input_ids),
+        "attention_mask": np.ascontiguousarray(contents.attention_mask.astype(np.uint8)),
+        "group": np.ascontiguousarray(group),
+    }
+    if contents.labels is not None:
+        tensors["labels"] = np.ascontiguousarray(contents.labels)
+    if contents.split is not None:
+        tensors["split"] = np.ascontiguousarray(contents.split)
+    for name, tensor in tensors.items():
+        content_hash.update(name, tensor)
+    found = content_hash.finish(ordered)
+    tensors["example"] = np.arange(n, dtype=np.int64)
+
+    if folder.exists() and _already_there(folder, found):
+        return found
+    tasks, counts = np.unique(ordered.task.astype(str), return_counts=True) if len(ordered) else ((), ())
+    document = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "name": description.name,
+        "hash": found,
+        "tokenizer_hash": description.tokenizer_hash,
+        "tokenizer": description.tokenizer,
+        "source": description.source,
+        "licence": description.licence,
+        **description.meaning(),
+        "counts": {
+            "examples": n,
+            "max_length": t,
+            "tokens": int(contents.attention_mask.sum(dtype=np.int64)),
+            "annotations": {str(task): int(count) for task, count in zip(tasks, counts, strict=True)},
+        },
+        "summary": description.summary,
+    }
+    table = pa.table(
+        {
+            "example": pa.array(ordered.row, pa.int64()),
+            "task": pa.array(ordered.task.tolist(), pa.string()),
+            "start": pa.array(ordered.start, pa.int64()),
+            "end": pa.array(ordered.end, pa.int64()),
+            "label": pa.array(ordered.label.tolist(), pa.string()),
+        }
+    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.mkdir()
+        save_file(tensors, temporary / BATCHES, metadata={"format": "pt"})
+        pq.write_table(table, temporary / ANNOTATIONS, compression="zstd")
+        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+        (temporary / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+        os.rename(temporary, folder)
+    except OSError as error:
+        raise EvaluationSetError(f"{folder}: the evaluation set cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return found
+
+
+def _check(contents: Contents, annotations: Annotations, description: Description, where: str) -> None:
+    ids, mask, labels = contents.input_ids, contents.attention_mask, contents.labels
+    if ids.ndim != 2 or not ids.size:
+        raise EvaluationSetError(f"{where}: input_ids must be [rows, positions] and not empty; found {ids.shape}.")
+    for name, other in (("attention_mask", mask), ("labels", labels)):
+        if other is not None and other.shape != ids.shape:
+            raise EvaluationSetError(
+                f"{where}: {name} must have the shape of input_ids {ids.shape}; its shape is {other.shape}."
+            )
+    n, t = ids.shape
+    validate.check_meaning(
+        description.objective, description.labels_shifted, description.alignment, labels is not None, where
+    )
+    validate.check_rows(ids, mask, labels, where)
+    validate.check_row_numbers(n, contents.group, contents.split, where)
+    validate.check_spans(annotations.row, annotations.task, annotations.start, annotations.end, n, t, where)
+    validate.check_spans_attended(
+        annotations.row, annotations.start, annotations.end, ids, mask, description.special_token_ids, where
+    )
+
+
+def _already_there(folder: Path, content_hash: str) -> bool:
+    """True if ``folder`` is this very set; an empty folder is removed; anything else is refused."""
+    if not folder.is_dir():
+        raise EvaluationSetError(f"{folder}: a file of this name is in the way; choose another folder.")
+    if not any(folder.iterdir()):
+        folder.rmdir()
+        return False
+    if (folder / DESCRIPTION).is_file():
+        there = read_description(folder)[1].get("hash")
+        if there == content_hash:
+            return True
+        raise EvaluationSetError(
+            f"{folder}: a different evaluation set is already there (hash {there}; the new one has {content_hash}). "
+            "An evaluation set stays the same for all checkpoints of a run, so it is never overwritten; choose another "
+            "folder or delete the old one."
+        )
+    raise EvaluationSetError(f"{folder}: the folder exists and holds something else; choose another folder.")
+
+
+def read_description(folder: Path) -> tuple[Description, dict[str, Any]]:
+    """``evaluation_set.json`` as a Description and as the raw document.
+
+    Raises EvaluationSetError when the folder is missing, is no evaluation set, or comes from a newer version.
+    """
+    path = folder / DESCRIPTION
+    if not folder.exists():
+        raise EvaluationSetError(
+            f"{folder}: there is no such evaluation set. Build one with: trace-offline evaluation-set build {folder} "
+            "--from FILE --tokenizer CHECKPOINT"
+        )
+    if not path.is_file():
+        raise EvaluationSetError(
+            f"{folder}: not an evaluation set (expected a folder with {BATCHES}, {ANNOTATIONS} and {DESCRIPTION}). "
+            "Build one with: trace-offline evaluation-set build"
+        )
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EvaluationSetError(f"{path}: cannot be read as JSON ({error}). Build the evaluation set anew.") from error
+    if not isinstance(document, dict) or "format_version" not in document:
+        raise EvaluationSetError(f"{path}: has no format_version, so it does not describe an evaluation set.")
+    version = document["format_version"]
+    if not isinstance(version, int) or version < 1:
+        raise EvaluationSetError(f"{path}: format_version must be a whole number from 1; found {version!r}.")
+    if version > FORMAT_VERSION:
+        raise EvaluationSetError(
+            f"{path}: format_version {version} is newer than this version of trace-offline can read "
+            f"({FORMAT_VERSION}). Update trace-offline."
+        )
+    return _description(document, path), document
+
+
+def _description(document: dict[str, Any], path: Path) -> Description:
+    def get(key: str, kind: type | tuple[type, ...], default: Any) -> Any:
+        value = document.get(key, default)
+        if not isinstance(value, kind):
+            raise EvaluationSetError(f"{path}: {key} has the wrong type: {value!r}.")
+        return value
+
+    special = get("special_token_ids", list, [])
+    if not all(type(token) is int and token >= 0 for token in special):
+        raise EvaluationSetError(f"{path}: special_token_ids must be a list of token ids; found {special!r}.")
+    return Description(
+        objective=get("objective", str, "causal_lm"),
+        labels_shifted=get("labels_shifted", bool, True),
+        alignment=get("alignment", str, "last"),
+        special_token_ids=tuple(sorted(special)),
+        name=get("name", str, path.parent.name),
+        tokenizer_hash=get("tokenizer_hash", (str, type(None)), None),
+        tokenizer=get("tokenizer", (str, type(None)), None),
+        source=get("source", str, ""),
+        licence=get("licence", str, ""),
+        summary=get("summary", dict, {}),
+    )
+
+
+def open_batches(folder: Path) -> Any:
+    """The opened ``batches.safetensors`` (numpy). Raises EvaluationSetError when missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / BATCHES
+    try:
+        return safe_open(path, framework="np")
+    except FileNotFoundError as error:
+        raise EvaluationSetError(f"{path}: missing. Build the evaluation set anew.") from error
+    except (SafetensorError, OSError) as error:
+        raise EvaluationSetError(f"{path}: damaged or incomplete ({error}). Build the evaluation set anew.") from error
+
+
+def row_chunks(n: int, t: int) -> Iterator[tuple[int, int]]:
+    """Row ranges of about a million tokens that cover all N rows."""
+    step = max(1, _CHUNK // max(1, t))
+    for start in range(0, n, step):
+        yield start, min(n, start + step)
+
+
+def read_annotations(folder: Path, example: npt.NDArray[np.int64], task: str | None = None) -> Annotations:
+    """Annotations of one task (or all), with ``example`` numbers turned into rows.
+
+    ``example [N]``: the number of each row. Raises EvaluationSetError when the file is missing, damaged or refers to an
+    example that is not there.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = folder / ANNOTATIONS
+    if not path.exists():
+        raise EvaluationSetError(f"{path}: missing. Build the evaluation set anew.")
+    try:
+        table = pq.read_table(path, filters=None if task is None else [("task", "==", task)])
+    except (pa.ArrowException, OSError) as error:
+        raise EvaluationSetError(f"{path}: damaged or incomplete ({error}). Build the evaluation set anew.") from error
+    wanted = ("example", "task", "start", "end", "label")
+    missing = [name for name in wanted if name not in table.column_names]
+    if missing:
+        raise EvaluationSetError(
+            f"{path}: expected the columns {', '.join(wanted)}; {', '.join(missing)} not found. Build the evaluation "
+            "set anew."
+        )
+    for name in wanted:
+        if table[name].null_count:
+            raise EvaluationSetError(f"{path}: column {name} has {table[name].null_count} missing values.")
+    order = np.argsort(example, kind="stable")
+    numbers = _integers(table, "example", path)
+    place = np.minimum(np.searchsorted(example[order], numbers), len(example) - 1)
+    row = order[place]
+    unknown = np.flatnonzero(example[row] != numbers)
+    if len(unknown):
+        raise EvaluationSetError(f"{path}: refers to example {numbers[unknown[0]]}, which {BATCHES} does not have.")
+    return Annotations(
+        row,
+        _strings(table, "task", path),
+        _integers(table, "start", path),
+        _integers(table, "end", path),
+        _strings(table, "label", path),
+    )
+
+
+def _integers(table: pa.Table, name: str, path: Path) -> npt.NDArray[np.int64]:
+    import pyarrow as pa
+
+    if not pa.types.is_integer(table.schema.field(name).type):
+        raise EvaluationSetError(f"{path}: column {name} must hold whole numbers, not {table.schema.field(name).type}.")
+    return table[name].to_numpy().astype(np.int64)
+
+
+def _strings(table: pa.Table, name: str, path: Path) -> npt.NDArray[np.object_]:
+    values = np.asarray(table[name].to_pylist(), dtype=object)
+    if not all(isinstance(value, str) for value in values):
+        raise EvaluationSetError(f"{path}: column {name} must hold text, not {table.schema.field(name).type}.")
+    return values

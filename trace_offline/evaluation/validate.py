@@ -1,0 +1,176 @@
+"""Checks on the content of an evaluation set, the same for writing and for reading.
+
+Shape letters: N rows, T positions, M annotations. All arrays are numpy; ``where`` names the file in messages.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from trace_offline.core.errors import EvaluationSetError
+
+IGNORED = -100
+"""Label of a position that does not count."""
+
+ALIGNMENTS = ("last", "first", "mean")
+
+_AT_POSITION = ("masked_lm", "classification")
+"""Objectives whose labels belong to the prediction at the same position."""
+
+Integers = npt.NDArray[np.integer]
+
+
+def check_meaning(objective: str, labels_shifted: bool, alignment: str, has_labels: bool, where: str) -> None:
+    """Refuse combinations that would compare labels with the wrong predictions.
+
+    Raises EvaluationSetError.
+    """
+    if alignment not in ALIGNMENTS:
+        raise EvaluationSetError(f'{where}: alignment must be one of {", ".join(ALIGNMENTS)}; found "{alignment}".')
+    if not objective:
+        raise EvaluationSetError(f'{where}: objective is empty; name it, for example "causal_lm" or "masked_lm".')
+    if objective in _AT_POSITION and labels_shifted:
+        raise EvaluationSetError(
+            f'{where}: objective "{objective}" with labels_shifted=True would compare each label with the prediction '
+            "before it. Pass labels_shifted=False: the labels belong to the prediction at their own position."
+        )
+    if not labels_shifted and not has_labels:
+        raise EvaluationSetError(
+            f"{where}: labels_shifted=False needs labels (what the prediction at each position is compared with, "
+            f"{IGNORED} where nothing counts), and there are none. Pass labels=…, or leave labels_shifted=True for "
+            "next-token prediction."
+        )
+
+
+def check_rows(
+    input_ids: npt.NDArray[np.int64],
+    attention_mask: Integers,
+    labels: npt.NDArray[np.int64] | None,
+    where: str,
+    first_row: int = 0,
+) -> None:
+    """``[B, T]`` slices starting at row ``first_row``: ids ≥ 0, mask 0 or 1, something attended in each row, labels
+    ≥ 0 or −100.
+
+    Raises EvaluationSetError naming the file, the first bad row and what was expected.
+    """
+    bad = np.argwhere(input_ids < 0)
+    if len(bad):
+        row, position = bad[0]
+        raise EvaluationSetError(
+            f"{where}: row {first_row + row}, position {position}: token id {input_ids[row, position]}; token ids "
+            "must be 0 or more. For padding use any valid id and set attention_mask to 0 there."
+        )
+    bad = np.argwhere((attention_mask != 0) & (attention_mask != 1))
+    if len(bad):
+        row, position = bad[0]
+        raise EvaluationSetError(
+            f"{where}: row {first_row + row}, position {position}: attention_mask is "
+            f"{attention_mask[row, position]}; it must be 1 for tokens and 0 for padding (not the additive form)."
+        )
+    empty = np.flatnonzero(attention_mask.sum(1) == 0)
+    if len(empty):
+        raise EvaluationSetError(
+            f"{where}: row {first_row + empty[0]} has no token (its attention_mask is 0 everywhere); leave it out."
+        )
+    if labels is not None:
+        bad = np.argwhere((labels < 0) & (labels != IGNORED))
+        if len(bad):
+            row, position = bad[0]
+            raise EvaluationSetError(
+                f"{where}: row {first_row + row}, position {position}: label {labels[row, position]}; labels must be "
+                f"0 or more, or {IGNORED} where nothing counts."
+            )
+
+
+def check_row_numbers(
+    n: int, group: npt.NDArray[np.int64] | None, split: npt.NDArray[np.int8] | None, where: str
+) -> None:
+    """``group`` and ``split`` are ``[N]``; split is 0 (fit) or 1 (score) and never cuts a group.
+
+    Raises EvaluationSetError.
+    """
+    for name, values in (("group", group), ("split", split)):
+        if values is not None and values.shape != (n,):
+            raise EvaluationSetError(
+                f"{where}: {name} must have one number for each of the {n} rows; its shape is {values.shape}."
+            )
+    if split is None:
+        return
+    bad = np.flatnonzero((split != 0) & (split != 1))
+    if len(bad):
+        raise EvaluationSetError(
+            f"{where}: row {bad[0]}: split is {split[bad[0]]}; it must be 0 (fit probes here) or 1 (score here)."
+        )
+    if group is not None:
+        both = np.intersect1d(group[split == 0], group[split == 1])
+        if len(both):
+            raise EvaluationSetError(
+                f"{where}: group {both[0]} lies on both sides of the split; rows of one group belong together. Give "
+                "all its rows the same split."
+            )
+
+
+def check_spans(
+    row: npt.NDArray[np.int64],
+    task: npt.NDArray[np.object_],
+    start: npt.NDArray[np.int64],
+    end: npt.NDArray[np.int64],
+    n_rows: int,
+    n_positions: int,
+    where: str,
+) -> None:
+    """``[M]`` each: rows exist, ``0 ≤ start < end ≤ T``, and no two annotations of a task cover the same tokens.
+
+    Raises EvaluationSetError naming the annotation.
+    """
+
+    def refuse(index: int, what: str) -> None:
+        raise EvaluationSetError(
+            f'{where}: annotation {index} (row {row[index]}, task "{task[index]}", tokens {start[index]} to '
+            f"{end[index]}): {what}"
+        )
+
+    bad = np.flatnonzero((row < 0) | (row >= n_rows))
+    if len(bad):
+        refuse(bad[0], f"there is no such row; the rows are 0 to {n_rows - 1}.")
+    bad = np.flatnonzero(start >= end)
+    if len(bad):
+        refuse(bad[0], "it is empty; end is exclusive and must be greater than start.")
+    bad = np.flatnonzero((start < 0) | (end > n_positions))
+    if len(bad):
+        refuse(bad[0], f"it leaves the row; the positions are 0 to {n_positions - 1} (end is exclusive).")
+    seen: set[tuple[int, str, int, int]] = set()
+    for index, key in enumerate(zip(row.tolist(), task.tolist(), start.tolist(), end.tolist(), strict=True)):
+        if key in seen:
+            refuse(index, "these tokens already have a label for this task; keep one, or give them two tasks.")
+        seen.add(key)
+
+
+def check_spans_attended(
+    row: npt.NDArray[np.int64],
+    start: npt.NDArray[np.int64],
+    end: npt.NDArray[np.int64],
+    input_ids: npt.NDArray[np.int64],
+    attention_mask: Integers,
+    special_token_ids: tuple[int, ...],
+    where: str,
+    first_row: int = 0,
+) -> None:
+    """Annotations of the rows in this ``[B, T]`` slice cover tokens only: no padding, no special token.
+
+    Raises EvaluationSetError.
+    """
+    usable = attention_mask.astype(bool)
+    if special_token_ids:
+        usable &= ~np.isin(input_ids, special_token_ids)
+    unusable = np.concatenate([np.zeros((len(usable), 1), np.int64), (~usable).cumsum(1)], axis=1)
+    local = row - first_row
+    bad = np.flatnonzero(unusable[local, end] != unusable[local, start])
+    if len(bad):
+        index = bad[0]
+        raise EvaluationSetError(
+            f"{where}: the annotation of row {row[index]}, tokens {start[index]} to {end[index]}, covers padding or a "
+            "special token; annotate only positions of real tokens."
+        )
