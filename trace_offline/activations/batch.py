@@ -54,6 +54,8 @@ class Collector(Protocol):
     needs_hidden: bool
     needs_logits: bool
 
-    def update(self, batch: ForwardBatch) -> None: ...
+    def update(self, batch: ForwardBatch) -> None:
+        """See one batch."""
 
-    def finish(self) -> Any: ...
+    def finish(self) -> Any:
+        """What was gathered."""
