@@ -12,13 +12,17 @@ from trace_offline.core.types import AnalysisStatus, Checkpoint, Outcome
 class Progress(Protocol):
     """Listens to a run. ``total`` counts analyses."""
 
-    def start(self, total: int, checkpoints: int) -> None: ...
+    def start(self, total: int, checkpoints: int) -> None:
+        """The run begins: ``total`` analyses on ``checkpoints`` checkpoints."""
 
-    def note(self, message: str) -> None: ...
+    def note(self, message: str) -> None:
+        """Something the user should read now."""
 
-    def finished(self, checkpoint: Checkpoint, outcomes: list[Outcome], names: dict[str, str]) -> None: ...
+    def finished(self, checkpoint: Checkpoint, outcomes: list[Outcome], names: dict[str, str]) -> None:
+        """One checkpoint is stored; ``names``: analysis_id → analyzer."""
 
-    def stop(self) -> None: ...
+    def stop(self) -> None:
+        """The run is over, in whatever way."""
 
 
 def name_of(checkpoint: Checkpoint) -> str:

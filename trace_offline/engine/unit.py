@@ -52,7 +52,13 @@ class Unit:
 
 
 def analysis_id(
-    fingerprint: str, analyzer: str, version: str, params: Mapping[str, Any], evaluation_hash: str, dtype: str, seed: int
+    fingerprint: str,
+    analyzer: str,
+    version: str,
+    params: Mapping[str, Any],
+    evaluation_hash: str,
+    dtype: str,
+    seed: int,
 ) -> str:
     """The identity of an analysis: change any part and it is a new one; change none and it is never done twice."""
     return digest(fingerprint, analyzer, version, canonical_json(dict(params)), evaluation_hash, dtype, str(seed))

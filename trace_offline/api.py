@@ -1,0 +1,71 @@
+"""The verbs of the command line as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trace_offline.core.steps import parse_steps
+
+if TYPE_CHECKING:
+    from trace_offline.engine.analyze import Summary
+
+
+def analyze(
+    source: str | Path,
+    evaluation_set: str | Path,
+    store: str | Path,
+    *,
+    analyzers: Sequence[str] = (),
+    params: Mapping[str, Mapping[str, Any]] | None = None,
+    steps: str | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Summary:
+    """Analyze every checkpoint of ``source`` on ``evaluation_set`` into ``store``; a no-op for what is there already.
+
+    ``analyzers``: names (default: the five built in); ``params``: analyzer → parameter → value; ``steps``: as on the
+    command line ("0,512,1000-5000"); ``options``: run, revisions, device, jobs, dtype, seed, model_factory, blocks,
+    tokenizer, trust_remote_code, force. Returns how it ended. Raises TraceOfflineError for unusable input.
+    """
+    from trace_offline.engine.analyze import analyze as run
+    from trace_offline.engine.options import AnalyzeOptions
+    from trace_offline.engine.progress import Silent, default_progress
+
+    asked = AnalyzeOptions(
+        source=str(source),
+        evaluation_set=Path(evaluation_set),
+        store=Path(store),
+        analyzers=tuple(analyzers),
+        params=params or {},
+        steps=parse_steps(steps) if steps else None,
+        **options,
+    )
+    return run(asked, default_progress() if progress else Silent())
+
+
+def rerun(
+    store: str | Path,
+    analyzer: str,
+    params: Mapping[str, Any] | None = None,
+    *,
+    steps: str | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> list[Summary]:
+    """Run one analyzer again over a whole history, changing single parameters; nothing else is touched.
+
+    ``options``: run, force, source, evaluation_set, device, jobs. Returns one summary for each run of the store.
+    """
+    from trace_offline.engine.progress import Silent, default_progress
+    from trace_offline.engine.rerun import rerun as again
+
+    return again(
+        Path(store),
+        analyzer,
+        params,
+        steps=parse_steps(steps) if steps else None,
+        progress=default_progress() if progress else Silent(),
+        **options,
+    )

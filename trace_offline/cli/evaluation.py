@@ -1,0 +1,67 @@
+"""``trace-offline evaluation-set``: build the fixed texts every checkpoint is measured on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Build and inspect evaluation sets.", no_args_is_help=True)
+
+
+@app.command()
+def build(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    from_: Annotated[
+        list[Path],
+        typer.Option("--from", metavar="FILE", help="Plain text, CoNLL-U, JSONL or ABSynth JSON; repeat for several."),
+    ],
+    tokenizer: Annotated[Path, typer.Option(metavar="CHECKPOINT", help="A checkpoint or folder with the tokenizer.")],
+    task: Annotated[
+        list[str] | None, typer.Option(help="An annotation to keep: upos, deprel, a feature, role, …; repeat.")
+    ] = None,
+    test: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Probes are fitted on --from and scored on this.")
+    ] = None,
+    kind: Annotated[str | None, typer.Option(help="text, conllu, jsonl or absynth. Default: by the file.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name stored with every number. Default: the folder's name.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest sequence in tokens.", min=2)] = None,
+    max_examples: Annotated[int | None, typer.Option(help="Use only the first so many sequences.", min=1)] = None,
+    align: Annotated[str, typer.Option(help="Which sub-word carries a word's label: last, first or mean.")] = "last",
+    objective: Annotated[str, typer.Option(help="causal_lm or masked_lm.")] = "causal_lm",
+    licence: Annotated[str, typer.Option(help="Licence of the text, stored with the set.")] = "",
+    seed: Annotated[int, typer.Option(help="Seed of the masking (masked_lm).")] = 0,
+) -> None:
+    """Build an evaluation set from annotated or plain text."""
+    from trace_offline.evaluation.build import build_evaluation_set
+
+    made = build_evaluation_set(
+        out,
+        from_,
+        tokenizer=tokenizer,
+        tasks=task,
+        test_sources=test or (),
+        kind=kind,
+        max_length=max_length,
+        alignment=align,
+        max_examples=max_examples,
+        name=name,
+        licence=licence,
+        objective=objective,
+        seed=seed,
+    )
+    typer.echo(f"{out}: {made.n_examples} sequences, {made.n_tokens} tokens, tasks: {', '.join(made.tasks) or 'none'}")
+
+
+@app.command()
+def show(folder: Annotated[Path, typer.Argument(help="The evaluation set.")]) -> None:
+    """Print what an evaluation set holds."""
+    from trace_offline.evaluation.evaluation_set import EvaluationSet
+
+    loaded = EvaluationSet.load(folder)
+    typer.echo(f"{loaded.name} ({loaded.objective}), hash {loaded.hash}")
+    typer.echo(f"{loaded.n_examples} sequences of at most {loaded.max_length} tokens, {loaded.n_tokens} in all")
+    for task in loaded.tasks:
+        spans = loaded.spans(task)
+        typer.echo(f"  {task}: {len(spans)} words, {len(spans.classes)} classes: {', '.join(spans.classes)}")

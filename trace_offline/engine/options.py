@@ -1,0 +1,98 @@
+"""What a user asks of a run, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trace_offline.core.errors import UsageError, nearest
+from trace_offline.core.steps import StepSelection
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class AnalyzeOptions:
+    """One `analyze`. ``params``: analyzer → parameter → value, only what differs from the defaults."""
+
+    source: str
+    evaluation_set: Path
+    store: Path
+    analyzers: tuple[str, ...] = ()
+    params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    run: str | None = None
+    steps: StepSelection | None = None
+    revisions: str | None = None
+    device: str = "auto"
+    jobs: int | None = None
+    dtype: str = "float32"
+    seed: int = 0
+    model_factory: str | None = None
+    blocks: str | None = None
+    tokenizer: str | None = None
+    trust_remote_code: bool = False
+    force: bool = False
+
+    def check(self) -> None:
+        """Raise UsageError for a value that cannot be used."""
+        if self.dtype not in DTYPES:
+            raise UsageError(
+                f'--dtype: "{self.dtype}" is not known.{nearest(self.dtype, DTYPES)} There are: {", ".join(DTYPES)}.'
+            )
+        if self.device not in DEVICES and not self.device.startswith("cuda:"):
+            raise UsageError(
+                f'--device: "{self.device}" is not known.{nearest(self.device, DEVICES)} '
+                f"There are: {', '.join(DEVICES)}, cuda:N."
+            )
+        if self.device.startswith("cuda"):
+            import torch
+
+            if not torch.cuda.is_available():
+                raise UsageError(
+                    f"--device {self.device}: PyTorch sees no CUDA device here. Use --device cpu, or install a CUDA "
+                    "build of PyTorch."
+                )
+        if self.jobs is not None and self.jobs < 1:
+            raise UsageError(f"--jobs: expected 1 or more, found {self.jobs}.")
+
+    def stored(self) -> dict[str, Any]:
+        """What ``rerun`` needs to repeat this run; goes into the ``runs`` table."""
+        return {
+            "revisions": self.revisions,
+            "dtype": self.dtype,
+            "seed": self.seed,
+            "device": self.device,
+            "jobs": self.jobs,
+            "model_factory": self.model_factory,
+            "blocks": self.blocks,
+            "tokenizer": self.tokenizer,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def choose_jobs(asked: int | None, device: str, largest_bytes: int) -> tuple[int, int]:
+    """(worker processes, threads of each).
+
+    Depends on the machine and the models only, never on how much work is left: the number of threads can change the
+    last digit of a sum, and a resumed run must give what an uninterrupted one gives.
+    """
+    available = cores()
+    if asked is not None:
+        jobs = asked
+    elif device.startswith("cuda"):
+        jobs = 1
+    else:
+        # A worker holds the weights, their gradients and a Krylov basis: about eight copies of the weights, plus the
+        # libraries themselves.
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        jobs = max(1, min(available, int(0.6 * memory / (8 * largest_bytes + 1.5e9))))
+    return jobs, max(1, available // jobs)
