@@ -40,7 +40,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Annotations:
-    """Columns of M annotations: ``row``, ``start``, ``end`` (exclusive) int64 ``[M]``; ``task``, ``label`` str ``[M]``."""
+    """M annotations by column: ``row``, ``start``, ``end`` (exclusive) int64; ``task``, ``label`` text."""
 
     row: npt.NDArray[np.int64]
     task: npt.NDArray[np.object_]
