@@ -1,0 +1,142 @@
+"""Checkpoints that hold the same weights: published series are known to serve one set of weights under many steps.
+
+Cheap first: files of equal size and header are compared in a few sampled blocks; only those that agree are read in full.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from trace_offline.checkpoints.fingerprint import Cache, fingerprint, weights_digest
+from trace_offline.checkpoints.safetensors_header import read_header
+from trace_offline.core.errors import CheckpointError
+from trace_offline.core.hashing import digest
+from trace_offline.core.types import Checkpoint, CheckpointState
+
+_SAMPLES = 16
+_SAMPLE_BYTES = 4096
+
+
+def mark_duplicates(checkpoints: list[Checkpoint], cache: Cache | None = None) -> list[Checkpoint]:
+    """Give every checkpoint whose weights an earlier one holds the state ``duplicate`` and the step it repeats.
+
+    The order is kept and counts as the order of training. A shard shared with another step, other shards differing, is
+    a warning in ``reason``.
+    """
+    cache = {} if cache is None else cache
+    complete = [i for i, item in enumerate(checkpoints) if item.state is CheckpointState.COMPLETE and item.weight_files]
+    samples = {i: [_sample(path) for path in checkpoints[i].weight_files] for i in complete}
+    result = list(checkpoints)
+    repeated: set[int] = set()
+    for group in _groups(complete, lambda i: digest(*samples[i])):
+        prints: dict[str, int] = {}
+        same_weights: dict[str, int] = {}
+        for i in group:
+            item = checkpoints[i]
+            try:
+                found = fingerprint(item, cache)
+                weights = weights_digest(item.weight_files, cache)
+            except CheckpointError as error:
+                result[i] = replace(item, state=CheckpointState.UNREADABLE, reason=error.message)
+                continue
+            result[i] = replace(item, fingerprint=found)
+            first = prints.setdefault(found, i)
+            if first != i:
+                repeated.add(i)
+                result[i] = _duplicate(result[i], checkpoints[first])
+            elif (other := same_weights.setdefault(weights, i)) != i:
+                result[i] = _remark(
+                    result[i],
+                    f"Warning: the same weights as {_called(checkpoints[other])}, with another config.json.",
+                )
+    _mark_shards(result, complete, samples, repeated, cache)
+    return result
+
+
+def _groups(members: Iterable[int], key: Callable[[int], str]) -> list[list[int]]:
+    """Members that share a key, where at least two do."""
+    grouped: dict[str, list[int]] = defaultdict(list)
+    for member in members:
+        grouped[key(member)].append(member)
+    return [group for group in grouped.values() if len(group) > 1]
+
+
+def _sample(path: str) -> str:
+    """Digest of size, header layout and sampled blocks; blind to the metadata block of safetensors."""
+    size = os.path.getsize(path)
+    start, layout = 0, ""
+    if path.endswith(".safetensors"):
+        header = read_header(path)
+        start, layout = header.data_start, header.layout_digest
+        size -= start
+    elif (records := _archive_start(path)) is not None:
+        return records
+    parts: list[bytes] = []
+    with open(path, "rb") as stream:
+        for index in range(_SAMPLES):
+            stream.seek(start + (size - _SAMPLE_BYTES) * index // (_SAMPLES - 1) if size > _SAMPLE_BYTES else start)
+            parts.append(stream.read(_SAMPLE_BYTES))
+            if size <= _SAMPLE_BYTES:
+                break
+    return digest(str(size), layout, *parts)
+
+
+def _archive_start(path: str) -> str | None:
+    """Torch archives carry a checksum of every record in their directory: no data needs to be read to compare them."""
+    import zipfile
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = sorted(
+                (item.filename.split("/", 1)[-1], item.file_size, item.CRC)
+                for item in archive.infolist()
+                if "/data/" in item.filename or item.filename.endswith("data.pkl")
+            )
+    except (zipfile.BadZipFile, OSError):
+        return None
+    return digest("records", *(f"{name} {size} {crc}" for name, size, crc in records))
+
+
+def _duplicate(item: Checkpoint, first: Checkpoint) -> Checkpoint:
+    return replace(
+        item,
+        state=CheckpointState.DUPLICATE,
+        duplicate_of=first.step,
+        reason=_joined(item.reason, f"The same weights as {_called(first)}: computed once, shown at both."),
+    )
+
+
+def _mark_shards(
+    result: list[Checkpoint], complete: list[int], samples: dict[int, list[str]], repeated: set[int], cache: Cache
+) -> None:
+    owners: dict[str, int] = {}
+    for i in complete:
+        if i in repeated or len(samples[i]) < 2:
+            continue
+        for path, sample in zip(result[i].weight_files, samples[i], strict=True):
+            first = owners.setdefault(sample, i)
+            if first == i:
+                continue
+            other = result[first].weight_files[samples[first].index(sample)]
+            if weights_digest([path], cache) == weights_digest([other], cache):
+                result[i] = _remark(
+                    result[i],
+                    f"Warning: its shard {Path(path).name} is identical to that of {_called(result[first])}, while "
+                    "other shards differ; one of the two was probably published with wrong weights.",
+                )
+
+
+def _called(item: Checkpoint) -> str:
+    return f"step {item.step}" if item.step is not None else Path(item.location).name
+
+
+def _remark(item: Checkpoint, text: str) -> Checkpoint:
+    return replace(item, reason=_joined(item.reason, text))
+
+
+def _joined(reason: str | None, text: str) -> str:
+    return f"{reason} {text}" if reason else text
