@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -55,14 +55,6 @@ class TokenSource(Protocol):
         """Rows ``start`` to ``stop`` (exclusive)."""
 
 
-@dataclass
-class PassResult:
-    """``collected``: what each surviving collector gathered. ``errors``: the exception of each one that was dropped."""
-
-    collected: dict[str, Any] = field(default_factory=dict)
-    errors: dict[str, Exception] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class Anatomy:
     """What one row through the network shows: widths, and whether its blocks can be listened to.
@@ -94,7 +86,7 @@ def run_pass(
     memory_floats: int = MEMORY_FLOATS,
     on_error: Callable[[str, Exception], None] | None = None,
     on_batch: Callable[[int, int], None] | None = None,
-) -> PassResult:
+) -> dict[str, Exception]:
     """Run the network once over the set; every collector sees every batch, in the order of the rows.
 
     Each batch is cut to its longest sequence. A batch holds at most ``batch_tokens`` positions and
@@ -102,18 +94,18 @@ def run_pass(
     same network and set. The output head is skipped when no collector needs logits, the network when none needs it.
     Values that are not finite are handed on as they are.
 
-    A collector that raises is dropped and its exception recorded under its name (``on_error`` hears of it at once); one
-    that needs hidden states or logits the network cannot give is dropped with NotApplicable. ``on_batch`` is told rows
-    done and rows in all.
+    A collector that raises is dropped while the others go on; one that needs hidden states or logits the network
+    cannot give is dropped with NotApplicable. The exceptions are returned by name (``on_error`` hears of each at once);
+    the caller calls ``finish`` of the rest. ``on_batch`` is told rows done and rows in all.
 
     Raises EvaluationSetError when the network cannot take the tokens (an id or a position it has no embedding for).
     """
-    result = PassResult()
+    dropped: dict[str, Exception] = {}
     active = dict(collectors)
 
     def drop(name: str, error: Exception) -> None:
         del active[name]
-        result.errors[name] = error
+        dropped[name] = error
         if on_error is not None:
             on_error(name, error)
 
@@ -146,12 +138,7 @@ def run_pass(
                 drop(name, error)
         if on_batch is not None:
             on_batch(stop, n_rows)
-    for name, item in list(active.items()):
-        try:
-            result.collected[name] = item.finish()
-        except Exception as error:
-            drop(name, error)
-    return result
+    return dropped
 
 
 def trimmed(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
