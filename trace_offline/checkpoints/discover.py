@@ -201,8 +201,8 @@ class _Walk:
         denied = f" Could not read: {'; '.join(self._unreadable[:3])}." if self._unreadable else ""
         folders = f" in {self._folders} folder{'s' * (self._folders != 1)}" if self._folders else ""
         return (
-            f"No checkpoints{wanted}{matching} in {self._search.root}: looked for Hugging Face folders (config.json with "
-            "model.safetensors or pytorch_model.bin), checkpoint-N folders, a hub cache (models--org--name), and "
+            f"No checkpoints{wanted}{matching} in {self._search.root}: looked for Hugging Face folders (config.json "
+            "with model.safetensors or pytorch_model.bin), checkpoint-N folders, a hub cache (models--org--name), and "
             f".safetensors, .pt, .pth and .ckpt files; found {found}{folders}.{denied}"
         )
 

@@ -1,11 +1,12 @@
 """Checkpoints that hold the same weights: published series are known to serve one set of weights under many steps.
 
-Cheap first: files of equal size and header are compared in a few sampled blocks; only those that agree are read in full.
+Cheap first: files of equal size and header are compared in a few sampled blocks; only those that agree are read whole.
 """
 
 from __future__ import annotations
 
 import os
+import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -87,8 +88,6 @@ def _sample(path: str) -> str:
 
 def _archive_start(path: str) -> str | None:
     """Torch archives carry a checksum of every record in their directory: no data needs to be read to compare them."""
-    import zipfile
-
     try:
         with zipfile.ZipFile(path) as archive:
             records = sorted(

@@ -69,7 +69,7 @@ def _scaled(number: str, unit: str) -> int | None:
 
 
 def parse_name(name: str, *, bare_numbers: bool = True) -> ParsedName:
-    """Parse one folder, file, ref or repository name (no slashes needed; a ``pr/1`` or ``org/repo`` is read as a whole).
+    """Parse one folder, file, ref or repository name (a ``pr/1`` or ``org/repo`` is read as a whole).
 
     ``bare_numbers=False`` ignores numbers without a word that says what they count: for ancestor folders and
     repository names, where they are sizes or versions more often than steps.

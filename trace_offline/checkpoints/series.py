@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 from trace_offline.checkpoints.duplicates import mark_duplicates
@@ -52,7 +53,7 @@ def select(checkpoints: list[Checkpoint], steps: StepSelection | None = None) ->
     stepped = [item for item in usable if item.step is not None]
     if not stepped:
         return [item for item in usable if item.state is CheckpointState.COMPLETE][:1] if steps is None else []
-    return [item for item in stepped if steps is None or item.step in steps]
+    return [item for item in stepped if item.step is not None and (steps is None or item.step in steps)]
 
 
 def _preference(find: Find) -> tuple[object, ...]:
@@ -235,14 +236,10 @@ def _plain(item: Checkpoint) -> str:
 
 
 def _remarked(item: Checkpoint, text: str) -> Checkpoint:
-    from dataclasses import replace
-
     return replace(item, reason=f"{_plain(item)}{text}")
 
 
 def _aside(item: Checkpoint, state: CheckpointState, reason: str) -> Checkpoint:
     """Out of the series: a step belongs to one checkpoint only, so this one loses its own."""
-    from dataclasses import replace
-
     duplicate_of = item.duplicate_of if state is CheckpointState.DUPLICATE else None
     return replace(item, state=state, step=None, reason=reason, duplicate_of=duplicate_of)

@@ -58,7 +58,7 @@ class TorchOutline:
 
 def is_torch_file(head: bytes) -> bool:
     """Do these first bytes (16 or more) look like ``torch.save``, old or new format?"""
-    return head.startswith(b"PK\x03\x04") or head.startswith(_LEGACY_MAGIC)
+    return head.startswith((b"PK\x03\x04", _LEGACY_MAGIC))
 
 
 def outline(path: Path | str, *, keys: bool = True) -> TorchOutline:

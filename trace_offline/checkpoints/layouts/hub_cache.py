@@ -12,6 +12,7 @@ from trace_offline.checkpoints.layouts import accelerate, hf_folder, unsupported
 from trace_offline.checkpoints.layouts.base import Find, Search
 from trace_offline.checkpoints.listing import Listing, scan
 from trace_offline.checkpoints.naming import ParsedName, natural_key, parse_name
+from trace_offline.core.types import Checkpoint
 from trace_offline.core.types import CheckpointState as State
 
 _REPOSITORY = re.compile(r"models--(?P<name>.+)")
@@ -71,8 +72,6 @@ def finds(repository: Path, search: Search, revisions: str | None = None, only: 
         base = _snapshot(scan(repository / "snapshots" / commit), within, repository, name, names)
         if base is not None:
             found += _named(base, names, parse_name(name.split("/")[-1], bare_numbers=False), name, commit)
-    missing = [ref for ref, commit in sorted(refs.items()) if commit not in snapshots.folders]
-    _ = missing  # a ref whose snapshot was removed is no find: nothing of it is on this disk
     return found
 
 
@@ -108,8 +107,6 @@ def _snapshot(listing: Listing, search: Search, repository: Path, name: str, ref
     if find is None:
         if not listing.files:
             return None
-        from trace_offline.core.types import Checkpoint
-
         find = Find(Checkpoint(str(listing.path), "hub_cache", State.NOT_A_CHECKPOINT), run="")
     checkpoint = find.checkpoint
     if checkpoint.state is State.NOT_A_CHECKPOINT or (

@@ -11,6 +11,7 @@ from trace_offline.checkpoints.layouts.base import SIDECAR, Find, Search, identi
 from trace_offline.checkpoints.layouts.unsupported import unsupported_file
 from trace_offline.checkpoints.listing import FileEntry, Listing
 from trace_offline.checkpoints.naming import StepSource, parse_name
+from trace_offline.checkpoints.safetensors_header import read_header
 from trace_offline.checkpoints.torch_archive import TorchOutline, is_torch_file
 from trace_offline.core.types import Checkpoint
 from trace_offline.core.types import CheckpointState as State
@@ -107,8 +108,8 @@ def _judge_content(name: str, verdict: Verdict, found: TorchOutline) -> tuple[st
     if found.complete_keys and not keys:
         return "raw", Verdict(
             State.UNSUPPORTED,
-            f"{name} holds one pickled object (a whole module or a tensor), not a dictionary of weights, and reading it "
-            "would run its code: save the weights with `torch.save(model.state_dict(), …)`.",
+            f"{name} holds one pickled object (a whole module or a tensor), not a dictionary of weights, and reading "
+            "it would run its code: save the weights with `torch.save(model.state_dict(), …)`.",
         )
     return "raw", verdict
 
@@ -122,6 +123,4 @@ def _begins_like_torch(path: Path) -> bool:
 
 
 def _is_batches(path: Path) -> bool:
-    from trace_offline.checkpoints.safetensors_header import read_header
-
     return set(read_header(path).tensors) <= _BATCH_TENSORS

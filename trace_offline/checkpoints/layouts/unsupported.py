@@ -1,4 +1,4 @@
-"""Layouts that hold weights in pieces or not at all: recognised by name, set aside with the command that converts them."""
+"""Layouts that hold weights in pieces: recognised by name, set aside with the command that converts them."""
 
 from __future__ import annotations
 

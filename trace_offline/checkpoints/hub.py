@@ -1,0 +1,439 @@
+"""Checkpoints on the Hugging Face hub: list the revisions of a repository, fetch one at a time, one ahead.
+
+A listing downloads nothing. A fetched revision lies in the ordinary hub cache and is found there again, offline too.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trace_offline.checkpoints.completeness import Clock
+from trace_offline.checkpoints.layouts import hub_cache
+from trace_offline.checkpoints.layouts.base import Search
+from trace_offline.checkpoints.naming import ParsedName, natural_key, parse_name
+from trace_offline.core.errors import CheckpointError
+from trace_offline.core.types import Checkpoint, CheckpointState
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SOURCE = re.compile(r"hf://(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^@\s]+))?/?")
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
+_SHARDS = (
+    re.compile(r"model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json"),
+    re.compile(r"pytorch_model-\d{5}-of-\d{5}\.bin|pytorch_model\.bin\.index\.json"),
+)
+_BESIDES = (".json", ".txt", ".model", ".jinja")
+
+
+@dataclass(frozen=True, slots=True)
+class _Ref:
+    name: str
+    commit: str
+
+
+def revisions(
+    source: str,
+    *,
+    pattern: str | None = None,
+    cache_dir: Path | str | None = None,
+    endpoint: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> list[Checkpoint]:
+    """The revisions of ``hf://org/name[@revision]`` as checkpoints in numeric order of steps; downloads nothing.
+
+    ``pattern``: only branches and tags that match, such as ``step*``; without it, those whose names give a step, or
+    ``main`` when none does. A revision at the same commit as an earlier step is its duplicate. Offline (HF_HUB_OFFLINE,
+    ``local_files_only``, or no connection) the cached revisions are listed.
+
+    Raises CheckpointError when the repository or revision cannot be had, quoting the cause.
+    """
+    repo, revision = _parse(source)
+    folder = _repository_folder(repo, cache_dir)
+    if local_files_only or _offline():
+        return _cached(repo, folder, pattern, revision, "offline (HF_HUB_OFFLINE is set)" if _offline() else "offline")
+    try:
+        refs = _remote_refs(repo, revision, endpoint, token)
+    except _unreachable() as error:
+        try:
+            return _cached(repo, folder, pattern, revision, "the hub cannot be reached")
+        except CheckpointError as nothing:
+            raise CheckpointError(f"{nothing.message} ({_cause(error)})") from None
+    except _hub_errors() as error:
+        raise _explained(error, repo, revision) from None
+    chosen = [ref for ref in refs if _wanted(ref, pattern)]
+    if not chosen:
+        listed = ", ".join(sorted((ref.name for ref in refs), key=natural_key)[:8]) or "none"
+        raise CheckpointError(
+            f'hf://{repo} has no revision that matches "{pattern}"; it has {len(refs)} branches and tags: {listed}'
+            f"{', …' * (len(refs) > 8)}."
+        )
+    return _ordered(repo, chosen, explicit=pattern is not None or revision is not None)
+
+
+def fetch(
+    checkpoint: Checkpoint,
+    *,
+    cache_dir: Path | str | None = None,
+    endpoint: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> Checkpoint:
+    """One revision on this disk: configuration, weights (safetensors, else .bin) and tokenizer. Nothing twice.
+
+    The result keeps location, layout and step and has ``weight_files``, ``config`` and ``tokenizer``. A checkpoint that is
+    not on the hub is returned as it is. Raises CheckpointError when it cannot be had or arrives incomplete.
+    """
+    if checkpoint.layout != "hub":
+        return checkpoint
+    repo, ref = _parse(checkpoint.location)
+    commit = checkpoint.revision or ref or "main"
+    folder = _repository_folder(repo, cache_dir)
+    offline = local_files_only or _offline()
+    local = _on_disk(folder, commit)
+    ready = local is not None and local.state is CheckpointState.COMPLETE
+    if not ready or (local is not None and local.tokenizer is None and not offline):
+        try:
+            _download(repo, commit, cache_dir, endpoint, token, local_files_only=offline)
+            local = _on_disk(folder, commit)
+        except (*_unreachable(), *_hub_errors()) as error:
+            if (
+                not ready
+            ):  # only the tokenizer was wanted in addition; weights that are here can be used without the hub
+                raise _explained(error, repo, ref or commit) from None
+    if local is None or local.state is not CheckpointState.COMPLETE:
+        why = local.reason if local is not None else "nothing of it arrived."
+        raise CheckpointError(f"hf://{repo}@{ref or commit} is not complete on this disk: {why}")
+    if ref is not None and not _COMMIT.fullmatch(ref):
+        _remember_ref(folder, ref, commit)
+    return replace(
+        checkpoint,
+        weight_files=local.weight_files,
+        config=local.config,
+        tokenizer=local.tokenizer,
+        size_bytes=local.size_bytes,
+    )
+
+
+def prefetching(
+    checkpoints: Iterable[Checkpoint], **how: Any
+) -> Iterator[tuple[Checkpoint, Checkpoint | CheckpointError]]:
+    """Each checkpoint with its fetched self, or the error why it cannot be had; the next one downloads meanwhile.
+
+    ``how``: arguments of ``fetch``. Exactly one revision is ahead of the consumer, so the disk never fills with what
+    nobody has looked at yet.
+    """
+    waiting = iter(checkpoints)
+    pool = ThreadPoolExecutor(1, thread_name_prefix="hub-prefetch")
+    try:
+        ahead = _submit(pool, waiting, how)
+        while ahead is not None:
+            item, future = ahead
+            # Wait before asking for the next: downloads never compete for the line.
+            error = future.exception()
+            ahead = _submit(pool, waiting, how)
+            if error is None:
+                yield item, future.result()
+            elif isinstance(error, CheckpointError):
+                yield item, error
+            else:
+                raise error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _submit(
+    pool: ThreadPoolExecutor, waiting: Iterator[Checkpoint], how: dict[str, Any]
+) -> tuple[Checkpoint, Future[Checkpoint]] | None:
+    item = next(waiting, None)
+    return None if item is None else (item, pool.submit(fetch, item, **how))
+
+
+def _parse(source: str) -> tuple[str, str | None]:
+    found = _SOURCE.fullmatch(source)
+    if not found:
+        raise CheckpointError(
+            f'Expected hf://org/name or hf://org/name@revision, found "{source}". '
+            "Choose several revisions with --revisions 'step*'."
+        )
+    return found["repo"], found["revision"]
+
+
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    # The library reads the variable when it is imported; a script may set it later and mean it.
+    return bool(constants.HF_HUB_OFFLINE) or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+
+
+def _cache_root(cache_dir: Path | str | None) -> Path:
+    from huggingface_hub import constants
+
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
+    if named := os.environ.get("HF_HUB_CACHE"):
+        return Path(named).expanduser()
+    if home := os.environ.get("HF_HOME"):
+        return Path(home).expanduser() / "hub"
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _repository_folder(repo: str, cache_dir: Path | str | None) -> Path:
+    return _cache_root(cache_dir).absolute() / f"models--{repo.replace('/', '--')}"
+
+
+def _endpoint(endpoint: str | None) -> str | None:
+    return endpoint or os.environ.get("HF_ENDPOINT") or None
+
+
+def _remote_refs(repo: str, revision: str | None, endpoint: str | None, token: str | None) -> list[_Ref]:
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=_endpoint(endpoint), token=token)
+    if revision is not None:
+        if _COMMIT.fullmatch(revision):
+            return [_Ref(revision, revision)]
+        commit = api.repo_info(repo, revision=revision).sha
+        return [_Ref(revision, str(commit))]
+    listed = api.list_repo_refs(repo)
+    return [_Ref(ref.name, ref.target_commit) for ref in (*listed.branches, *listed.tags)]
+
+
+def _wanted(ref: _Ref, pattern: str | None) -> bool:
+    return pattern is None or fnmatch.fnmatchcase(ref.name, pattern)
+
+
+def _ordered(repo: str, refs: list[_Ref], *, explicit: bool) -> list[Checkpoint]:
+    """One checkpoint a step; names without a step only where they are all there is, or were asked for."""
+    of_repo = parse_name(repo.split("/")[-1], bare_numbers=False)
+    parsed = [(ref, parse_name(ref.name)) for ref in sorted(refs, key=lambda item: natural_key(item.name))]
+    stepped = [(ref, name) for ref, name in parsed if name.step is not None]
+    others = [(ref, name) for ref, name in parsed if name.step is None]
+    stepped.sort(key=lambda pair: (pair[1].step or 0, pair[1].stage or ""))
+    result: list[Checkpoint] = []
+    owner: dict[str, Checkpoint] = {}
+    taken: dict[int, Checkpoint] = {}
+    for ref, name in stepped:
+        item = _checkpoint(repo, ref, name)
+        assert item.step is not None
+        if item.step in taken:
+            first = taken[item.step]
+            item = _second(item, first)
+        elif ref.commit in owner:
+            first = owner[ref.commit]
+            item = replace(
+                item,
+                state=CheckpointState.DUPLICATE,
+                duplicate_of=first.step,
+                reason=f"The same commit as step {first.step}: computed once, shown at both.",
+            )
+            taken[item.step] = item
+        else:
+            taken[item.step] = owner[ref.commit] = item
+        result.append(item)
+    names: dict[str, list[str]] = {}
+    for ref, _ in others:
+        if ref.commit in owner:
+            names.setdefault(ref.commit, []).append(ref.name)
+    result = [
+        replace(item, reason=f"Also known as {', '.join(names[item.revision])}.")
+        if item.revision in names and item.state is CheckpointState.COMPLETE
+        else item
+        for item in result
+    ]
+    if stepped:
+        return result
+    loose = [(ref, name) for ref, name in others if explicit or ref.name == "main"] or others[:1]
+    return [
+        _checkpoint(repo, ref, of_repo if of_repo.step is not None else name, note=len(loose) == 1)
+        for ref, name in loose
+    ]
+
+
+def _checkpoint(repo: str, ref: _Ref, name: ParsedName, *, note: bool = False) -> Checkpoint:
+    reason = name.note
+    if name.step is None and note:
+        reason = "The name of its revision gives no step."
+    return Checkpoint(
+        location=f"hf://{repo}@{ref.name}",
+        layout="hub",
+        state=CheckpointState.COMPLETE,
+        step=name.step,
+        tokens_seen=name.tokens_seen,
+        stage=name.stage,
+        epoch=name.epoch,
+        reason=reason,
+        revision=ref.commit,
+    )
+
+
+def _second(item: Checkpoint, first: Checkpoint) -> Checkpoint:
+    same = item.revision == first.revision
+    why = (
+        "the same commit"
+        if same
+        else f"other contents; choose a stage or series with --revisions '{item.stage or ''}*'"
+    )
+    return replace(
+        item,
+        step=None,
+        state=CheckpointState.DUPLICATE if same else CheckpointState.UNSUPPORTED,
+        duplicate_of=first.step if same else None,
+        reason=f"Step {first.step} is already in the series as {first.location.split('@')[-1]}, with {why}.",
+    )
+
+
+def _cached(repo: str, folder: Path, pattern: str | None, revision: str | None, why: str) -> list[Checkpoint]:
+    """The revisions in the cache, as the listing of the hub would name them."""
+    refs = [_Ref(name, commit) for name, commit in hub_cache.read_refs(folder).items()] if folder.is_dir() else []
+    if revision is not None:
+        refs = [ref for ref in refs if ref.name == revision]
+        if not refs and _COMMIT.fullmatch(revision):
+            refs = [_Ref(revision, revision)]
+    refs = [ref for ref in refs if _wanted(ref, pattern) and (folder / "snapshots" / ref.commit).is_dir()]
+    if not refs:
+        what = f"hf://{repo}" + (f"@{revision}" if revision else f' with revisions "{pattern}"' if pattern else "")
+        raise CheckpointError(
+            f"{what} is not in the cache {folder.parent} and {why}: connect and run again, or download it first with "
+            f"`hf download {repo} --revision {revision or 'NAME'}`."
+        )
+    listed = _ordered(repo, refs, explicit=pattern is not None or revision is not None)
+    result = []
+    for item in listed:
+        local = _on_disk(folder, str(item.revision))
+        if item.state is CheckpointState.COMPLETE and (local is None or local.state is not CheckpointState.COMPLETE):
+            reason = local.reason if local is not None else "It is not in the cache."
+            state = local.state if local is not None else CheckpointState.PARTIAL
+            item = replace(item, state=state, reason=reason)
+        result.append(item)
+    return result
+
+
+def _on_disk(folder: Path, commit: str) -> Checkpoint | None:
+    """The snapshot of this commit in the cache, judged like any other folder."""
+    if not (folder / "snapshots" / commit).is_dir():
+        return None
+    found = hub_cache.finds(folder, Search(folder, Clock(time.time())), only=commit)
+    return found[0].checkpoint if found else None
+
+
+def _download(
+    repo: str,
+    commit: str,
+    cache_dir: Path | str | None,
+    endpoint: str | None,
+    token: str | None,
+    *,
+    local_files_only: bool,
+) -> None:
+    from huggingface_hub import HfApi, snapshot_download
+
+    if local_files_only:
+        raise CheckpointError(
+            f"hf://{repo}@{commit[:12]} is not complete in the cache {_cache_root(cache_dir)} and the hub may not be asked "
+            "(offline): connect and run again."
+        )
+    where = _endpoint(endpoint)
+    names = HfApi(endpoint=where, token=token).list_repo_files(repo, revision=commit)
+    snapshot_download(
+        repo,
+        revision=commit,
+        cache_dir=_cache_root(cache_dir),
+        endpoint=where,
+        token=token,
+        allow_patterns=_needed(repo, names),
+        tqdm_class=_quiet_bar(),
+    )
+
+
+def _quiet_bar() -> Any:
+    """A progress bar that shows nothing: downloads run behind an analysis that has its own."""
+    from huggingface_hub.utils import tqdm
+
+    class Quiet(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+    return Quiet
+
+
+def _needed(repo: str, names: list[str]) -> list[str]:
+    """Configuration, tokenizer and one set of weights: single file before shards, safetensors before pickles."""
+    top = [name for name in names if "/" not in name]
+    besides = [name for name in top if name.endswith(_BESIDES) and not name.endswith(".index.json")]
+    for single, shards in zip(_SINGLE, _SHARDS, strict=True):
+        weights = [single] if single in top else [name for name in top if shards.fullmatch(name)]
+        if weights:
+            return sorted({*besides, *weights})
+    adapters = [name for name in top if name.startswith("adapter_")]
+    what = "a PEFT adapter only" if adapters else ", ".join(sorted(top)[:6]) or "no files"
+    raise CheckpointError(
+        f"hf://{repo} holds no weights that can be read: expected model.safetensors or pytorch_model.bin (or their "
+        f"shards), found {what}."
+    )
+
+
+def _remember_ref(folder: Path, ref: str, commit: str) -> None:
+    """Keep the revision's name: a download by commit leaves none, and offline the step is known by the name only."""
+    path = folder / "refs" / ref
+    if not path.resolve().is_relative_to((folder / "refs").resolve()):
+        return
+    try:
+        if path.is_file() and path.read_text(encoding="utf-8") == commit:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        provisional = path.with_name(f"{path.name}.{os.getpid() % 16**8:08x}.tmp")
+        provisional.write_text(commit, encoding="utf-8")
+        provisional.replace(path)
+    except OSError:
+        # A cache that may only be read: the revision is usable now, only its name is not kept for later.
+        return
+
+
+def _unreachable() -> tuple[type[BaseException], ...]:
+    """No answer from the hub, as opposed to an answer that says no."""
+    from huggingface_hub import errors
+
+    transport = [kind for kind in errors.HTTPError.__subclasses__() if kind.__name__ == "RequestError"]
+    return (*transport, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError)
+
+
+def _hub_errors() -> tuple[type[BaseException], ...]:
+    from huggingface_hub import errors
+
+    return (errors.HTTPError, errors.HFValidationError, OSError)
+
+
+def _explained(error: BaseException, repo: str, revision: str | None) -> CheckpointError:
+    from huggingface_hub import errors
+
+    what = f"hf://{repo}" + (f"@{revision}" if revision else "")
+    if isinstance(error, errors.RevisionNotFoundError):
+        text = f"{what}: the repository has no such revision; `trace-offline discover hf://{repo}` lists those it has."
+    elif isinstance(error, errors.GatedRepoError):
+        text = f"{what} is gated: accept its terms on the hub, then log in with `hf auth login`."
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        text = f"{what} was not found: check the spelling; if it is private, log in with `hf auth login`."
+    elif isinstance(error, errors.OfflineModeIsEnabled):
+        text = f"{what} is not in the cache and HF_HUB_OFFLINE is set: unset it and run again."
+    elif isinstance(error, _unreachable()):
+        text = f"{what} is not complete in the cache and the hub cannot be reached: check the connection."
+    else:
+        text = f"{what} cannot be fetched."
+    return CheckpointError(f"{text} ({_cause(error)})")
+
+
+def _cause(error: BaseException) -> str:
+    """Name and first line of the innermost error: the outer ones guess at connections when a file is missing."""
+    inner = error
+    while inner.__cause__ is not None:
+        inner = inner.__cause__
+    lines = str(inner).strip().splitlines()
+    return f"{type(inner).__name__}: {lines[0]}" if lines else type(inner).__name__
