@@ -14,7 +14,7 @@ from trace_offline.checkpoints.discover import discover
 from trace_offline.core.errors import CheckpointError, UsageError
 from trace_offline.core.types import AnalysisStatus, Checkpoint, Outcome
 from trace_offline.engine.executors import run_inline, run_joblib
-from trace_offline.engine.fingerprints import hub_key, with_fingerprints
+from trace_offline.engine.fingerprints import hub_entry, known_fingerprints, remember, with_fingerprints
 from trace_offline.engine.options import AnalyzeOptions, choose_jobs
 from trace_offline.engine.plan import Planner, default_run_name, resolve_analyzers, short_names
 from trace_offline.engine.progress import Progress, Silent
@@ -86,7 +86,7 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None) -> Summar
     summary.set_aside = [f"{item.location}: {item.state.value}: {item.reason}" for item in found
                          if not item.state.analyzable]  # fmt: skip
     with Writer.open(Path(options.store)) as writer:
-        chosen = with_fingerprints(chosen, writer, progress)
+        chosen = with_fingerprints(chosen, writer, known_fingerprints(writer))
         summary.warnings = _duplicate_warnings(chosen)
         _check_same_run(writer, run, options, chosen)
         writer.register_run(run, _absolute(options.source), settings.evaluation_set, options.stored())
@@ -219,11 +219,11 @@ def _execute(
     stream = run_inline(all_units(), run_unit) if jobs == 1 else run_joblib(all_units(), run_unit, jobs)
     try:
         for unit, outcomes in stream:
-            if unit.checkpoint.revision is not None:
+            if unit.checkpoint.location.startswith("hf://"):
                 named = short_names(options.source, _with_model([unit.checkpoint], options))
                 writer.register_checkpoints(planner.run, named)
                 writer.plan(planner.identities(unit.checkpoint))
-                writer.remember_fingerprints({hub_key(unit.checkpoint): str(unit.checkpoint.fingerprint)})
+                remember(writer, hub_entry(unit.checkpoint))
             for outcome in outcomes:
                 writer.record(outcome, ledger.identities[outcome.analysis_id])
                 _count(summary, unit.checkpoint, outcome, ledger.names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import time
 import traceback
 from collections.abc import Mapping
@@ -48,6 +49,9 @@ def resolve_device(name: str) -> str:
     """``auto`` → ``cuda`` when there is one, else ``cpu``."""
     if name != "auto":
         return name
+    # Importing torch takes a second or two; where no driver has made a device there is nothing to ask it.
+    if sys.platform == "linux" and not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
+        return "cpu"
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -53,7 +53,9 @@ class Store:
                         f"Expected a SELECT, found {kind}. A history is read-only here; DuckDB itself opens the file "
                         "for anything else."
                     )
-                return con.execute(query, parameters or []).to_arrow_table()
+                # Otherwise a table name could be resolved to a variable of the caller.
+                con.execute("set python_enable_replacements = false")
+                return con.sql(query, params=parameters).to_arrow_table()
             except duckdb.Error as error:
                 raise UsageError(_explain(error)) from error
 

@@ -1,0 +1,52 @@
+"""What every benchmark shares: the machine's name, medians, and the result file."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> str:
+    """Processor kind and cores, without anything that identifies a host."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores}-core {platform.machine()} CPU"
+
+
+def versions(*names: str) -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def median_seconds(body: Callable[[], Any], repeats: int = 5, warmup: int = 1) -> float:
+    for _ in range(warmup):
+        body()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        body()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def result(case: str, ours: float, unit: str, **more: Any) -> dict[str, Any]:
+    """One row; ``peer``, ``floor`` and ``ratio`` are null where there is nothing to compare with."""
+    row: dict[str, Any] = {"case": case, "ours": ours, "peer": None, "peer_name": None, "floor": None, "ratio": None}
+    row |= {"unit": unit, "device": machine(), "date": datetime.date.today().isoformat()} | more
+    row.setdefault("versions", versions("duckdb"))
+    return row
+
+
+def save(name: str, rows: list[dict[str, Any]]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    for row in rows:
+        print(f"{row['case']}: {row['ours']:.4g} {row['unit']}" + (f" (limit {row['limit']})" if "limit" in row else ""))
