@@ -143,6 +143,11 @@ def test_loss_can_be_differentiated_twice(name: str) -> None:
     generator = torch.Generator().manual_seed(1)
     direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
 
+    length = torch.cat([d.ravel() for d in direction]).norm()
+    direction = [d / length for d in direction]
+    # small enough that no ReLU of OPT switches; wider for Llama, whose RMS norm computes in float32 whatever its type
+    step, tolerance = (2e-3, 2e-3) if name == "llama_gqa" else (1e-6, 1e-5)
+
     def gradient() -> list[Tensor]:
         found = torch.autograd.grad(mean_loss(model, rows.tokens(0, 2)), parameters, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
@@ -152,7 +157,6 @@ def test_loss_can_be_differentiated_twice(name: str) -> None:
         first = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
         inner = sum((g * d).sum() for g, d in zip(first, direction, strict=True) if g is not None)
         product = torch.autograd.grad(inner, parameters, allow_unused=True)
-        step = 1e-5
         moved = []
         for sign in (1, -1):
             with torch.no_grad():
@@ -166,9 +170,7 @@ def test_loss_can_be_differentiated_twice(name: str) -> None:
         [torch.zeros_like(p).ravel() if h is None else h.ravel() for h, p in zip(product, parameters, strict=True)]
     )
     numeric = torch.cat([(a - b).ravel() / (2 * step) for a, b in zip(*moved, strict=True)])
-    assert float(numeric.norm()) > 0.1
-    # transformers' RMS norm computes in float32 whatever the type of the network: the differences are that coarse
-    tolerance = 2e-3 if name == "llama_gqa" else 1e-5
+    assert float(numeric.norm()) > 1e-2
     assert float((flat - numeric).norm() / numeric.norm()) < tolerance
 
 

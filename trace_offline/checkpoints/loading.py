@@ -169,7 +169,7 @@ def _with_config(
 
         names: dict[str, Any] = {name: path for path in files for name in read_header(path).tensors}
         plain = not any("_orig_mod" in name or name.startswith("module.") for name in names)
-        if plain:
+        if plain and all(_says_pytorch(path) for path in files):
             module, more = from_pretrained(config, dtype, trust_remote_code, folder=files[0].parent)
             return module, notes + more
     weights = read_weights(files)
@@ -178,6 +178,14 @@ def _with_config(
         notes += (f"prefix {prefix} stripped from the names of tensors",)
     module, more = from_pretrained(config, dtype, trust_remote_code, tensors=tensors, where=files[0])
     return module, notes + weights.notes + more
+
+
+def _says_pytorch(path: Path) -> bool:
+    """Without this mark (accelerate leaves it out) transformers does not read the file itself."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt", device="cpu") as stream:
+        return (stream.metadata() or {}).get("format") == "pt"
 
 
 def _expected_names(config: Any, trust_remote_code: bool) -> set[str]:
