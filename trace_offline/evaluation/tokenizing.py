@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trace_offline.checkpoints.tokenizer_folders import TokenizerFinder
-from trace_offline.core.errors import EvaluationSetError
+from trace_offline.core.errors import CheckpointError, EvaluationSetError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 LONGEST = 1024
 """Default for the longest row, unless the model takes less."""
 
-_NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
 
 
@@ -56,53 +55,51 @@ class SourceTokenizer:
 
         Raises EvaluationSetError when none is found or it gives no character offsets.
         """
-        from trace_offline.checkpoints.tokenizer import tokenizer_hash
+        from trace_offline.checkpoints.tokenizer import load_tokenizer, tokenizer_hash
 
         path = Path(source)
         if not path.exists():
             raise EvaluationSetError(
                 f"{path}: there is no such tokenizer; give a checkpoint folder or a tokenizer.json file."
             )
-        folder = path.parent
         if path.is_dir():
             place = TokenizerFinder().find(path)
             if place is None:
                 raise EvaluationSetError(
                     f"{path}: no tokenizer in this folder or above it. Give a folder with tokenizer.json."
                 )
-            folder = Path(place)
-            path = folder / "tokenizer.json"
-            backend = _read(path) if path.is_file() else _convert(folder)
-            content_hash = tokenizer_hash(folder)
-            name = folder.name
-        else:
-            backend = _read(path)
-            content_hash = tokenizer_hash(backend)
-            name = path.name
+            path = Path(place)
+        try:
+            loaded = load_tokenizer(path)
+        except CheckpointError as error:
+            raise EvaluationSetError(error.message) from error
+        backend = getattr(loaded, "backend_tokenizer", None)
+        if backend is None:
+            raise EvaluationSetError(
+                f"{path}: the tokenizer gives no character offsets, so words cannot be aligned with its tokens. Save "
+                "it in the fast form (tokenizer.json)."
+            )
         backend.no_truncation()
         backend.no_padding()
-        settings = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
-        named = {key: backend.token_to_id(text) for key in _NAMED if (text := _text(settings.get(key)))}
-        special = {identifier for identifier in named.values() if identifier is not None}
-        special |= {identifier for identifier, token in backend.get_added_tokens_decoder().items() if token.special}
         prefix, suffix = _frame(backend)
-        mask = named.get("mask_token")
+        special = {int(token) for token in loaded.all_special_ids}
+        special |= {identifier for identifier, token in backend.get_added_tokens_decoder().items() if token.special}
+        mask = loaded.mask_token_id
         if mask is None:
             usual = (backend.token_to_id(text) for text in ("[MASK]", "<mask>"))
             mask = next((identifier for identifier in usual if identifier in special), None)
-        config = _json(folder / "config.json")
-        bos = named.get("bos_token")
+        config = _json((path if path.is_dir() else path.parent) / "config.json")
         return cls(
             backend=backend,
-            name=name,
-            hash=content_hash,
+            name="/".join(path.absolute().parts[-2:]),
+            hash=tokenizer_hash(path),
             prefix=prefix,
             suffix=suffix,
-            bos_id=bos if bos is not None else (prefix[0] if prefix else None),
+            bos_id=loaded.bos_token_id if loaded.bos_token_id is not None else (prefix[0] if prefix else None),
             mask_id=mask,
-            pad_id=named.get("pad_token"),
+            pad_id=loaded.pad_token_id,
             special_ids=tuple(sorted(special | set(prefix) | set(suffix))),
-            longest=_longest(config, settings),
+            longest=_longest(config, loaded.model_max_length),
             vocabulary=size if isinstance(size := config.get("vocab_size"), int) else None,
         )
 
@@ -133,28 +130,6 @@ class SourceTokenizer:
         return (), self.suffix
 
 
-def _read(path: Path) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
-        raise EvaluationSetError(f"{path}: cannot be read as a tokenizer: {error}") from error
-
-
-def _convert(folder: Path) -> Tokenizer:
-    """Older tokenizer files (vocab.json and merges.txt, SentencePiece), through transformers."""
-    from trace_offline.checkpoints.tokenizer import load_tokenizer
-
-    backend = getattr(load_tokenizer(folder), "backend_tokenizer", None)
-    if backend is None:
-        raise EvaluationSetError(
-            f"{folder}: the tokenizer gives no character offsets, so words cannot be aligned with its tokens. Save it "
-            "in the fast form (tokenizer.json)."
-        )
-    return backend
-
-
 def _frame(backend: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Special tokens that the post-processor puts before and after a text."""
     found = backend.encode("a")
@@ -174,15 +149,8 @@ def _json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _text(token: Any) -> str | None:
-    """A token in a configuration file: text, or an object with ``content``."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
-
-
-def _longest(config: dict[str, Any], settings: dict[str, Any]) -> int:
+def _longest(config: dict[str, Any], of_tokenizer: int) -> int:
     text_config = config.get("text_config")
     sections = [config, text_config if isinstance(text_config, dict) else {}]
-    values = [section.get(key) for section in sections for key in _LENGTH_KEYS] + [settings.get("model_max_length")]
+    values = [section.get(key) for section in sections for key in _LENGTH_KEYS] + [of_tokenizer]
     return int(min([LONGEST, *(value for value in values if isinstance(value, (int, float)) and value > 1)]))

@@ -50,6 +50,10 @@ def save_evaluation_set(
     """
     folder = Path(folder)
     where = str(folder)
+    if isinstance(tokenizer, (str, Path)):
+        from trace_offline.checkpoints.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(tokenizer)
     ids, given = _rows(input_ids, "input_ids", where)
     pad = getattr(tokenizer, "pad_token_id", None)
     padded_ids = _padded(ids, pad if isinstance(pad, int) else 0)
@@ -58,9 +62,7 @@ def save_evaluation_set(
         mask = given
     else:
         mask = given * _like(attention_mask, ids, "attention_mask", where, 0)
-    special = {int(token) for token in special_token_ids}
-    if not special and tokenizer is not None:
-        special = {int(token) for token in getattr(tokenizer, "all_special_ids", ())}
+    special = [int(token) for token in special_token_ids] or _special_tokens(tokenizer)
     contents = form.Contents(
         input_ids=padded_ids,
         attention_mask=mask,
@@ -73,7 +75,7 @@ def save_evaluation_set(
         objective=objective,
         labels_shifted=labels_shifted,
         alignment=alignment,
-        special_token_ids=tuple(sorted(special)),
+        special_token_ids=tuple(sorted(set(special))),
         name=name,
         tokenizer_hash=_tokenizer_hash(tokenizer),
         tokenizer=_tokenizer_name(tokenizer),
@@ -140,7 +142,7 @@ def _like(values: Any, rows: list[npt.NDArray[np.int64]], what: str, where: str,
     for index, (mine, theirs) in enumerate(zip(found, rows, strict=True)):
         if len(mine) != len(theirs):
             raise EvaluationSetError(
-                f"{where}: {what}, row {index}: {len(mine)} positions; input_ids has {len(theirs)}, and they must agree."
+                f"{where}: {what}, row {index}: {len(mine)} positions; input_ids has {len(theirs)} there."
             )
     return _padded(found, padding)
 
@@ -177,14 +179,23 @@ def _annotations(given: Iterable[tuple[int, str, int, int, str]], where: str) ->
     return form.Annotations.from_tuples(rows)
 
 
+def _special_tokens(tokenizer: Any) -> list[int]:
+    """Ids of the special tokens of a tokenizer of transformers or of tokenizers."""
+    found = {int(token) for token in getattr(tokenizer, "all_special_ids", ())}
+    added = getattr(tokenizer, "added_tokens_decoder", None)
+    if added is None and hasattr(tokenizer, "get_added_tokens_decoder"):
+        added = tokenizer.get_added_tokens_decoder()
+    return sorted(found | {int(identifier) for identifier, token in (added or {}).items() if token.special})
+
+
 def _tokenizer_name(tokenizer: Any) -> str | None:
     """A name for messages; of a local folder only its own name, so that no path of this computer is kept."""
     if tokenizer is None:
         return None
     name = str(getattr(tokenizer, "name_or_path", "") or "")
     if not name:
-        name = str(tokenizer) if isinstance(tokenizer, (str, Path)) else type(tokenizer).__name__
-    return Path(name).name if Path(name).is_absolute() else name
+        return type(tokenizer).__name__
+    return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name
 
 
 def _tokenizer_hash(tokenizer: Any) -> str | None:
