@@ -6,7 +6,6 @@ A listing downloads nothing. A fetched revision lies in the ordinary hub cache a
 from __future__ import annotations
 
 import fnmatch
-import os
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -16,6 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from trace_offline.checkpoints.completeness import Clock
+from trace_offline.checkpoints.hub_access import (
+    cache_root,
+    cause,
+    endpoint_url,
+    explained,
+    hub_errors,
+    offline,
+    quiet_bar,
+    remember_ref,
+    repository_folder,
+    unreachable,
+)
 from trace_offline.checkpoints.layouts import hub_cache
 from trace_offline.checkpoints.layouts.base import Search
 from trace_offline.checkpoints.naming import ParsedName, natural_key, parse_name
@@ -56,18 +67,18 @@ def revisions(
     Raises CheckpointError when the repository or revision cannot be had, quoting the cause.
     """
     repo, revision = _parse(source)
-    folder = _repository_folder(repo, cache_dir)
-    if local_files_only or _offline():
-        return _cached(repo, folder, pattern, revision, "offline (HF_HUB_OFFLINE is set)" if _offline() else "offline")
+    folder = repository_folder(repo, cache_dir)
+    if local_files_only or offline():
+        return _cached(repo, folder, pattern, revision, "offline (HF_HUB_OFFLINE is set)" if offline() else "offline")
     try:
         refs = _remote_refs(repo, revision, endpoint, token)
-    except _unreachable() as error:
+    except unreachable() as error:
         try:
             return _cached(repo, folder, pattern, revision, "the hub cannot be reached")
         except CheckpointError as nothing:
-            raise CheckpointError(f"{nothing.message} ({_cause(error)})") from None
-    except _hub_errors() as error:
-        raise _explained(error, repo, revision) from None
+            raise CheckpointError(f"{nothing.message} ({cause(error)})") from None
+    except hub_errors() as error:
+        raise explained(error, repo, revision) from None
     chosen = [ref for ref in refs if _wanted(ref, pattern)]
     if not chosen:
         listed = ", ".join(sorted((ref.name for ref in refs), key=natural_key)[:8]) or "none"
@@ -88,31 +99,31 @@ def fetch(
 ) -> Checkpoint:
     """One revision on this disk: configuration, weights (safetensors, else .bin) and tokenizer. Nothing twice.
 
-    The result keeps location, layout and step and has ``weight_files``, ``config`` and ``tokenizer``. A checkpoint that is
-    not on the hub is returned as it is. Raises CheckpointError when it cannot be had or arrives incomplete.
+    The result keeps location, layout and step and has ``weight_files``, ``config`` and ``tokenizer``. A checkpoint that
+    is not on the hub is returned as it is. Raises CheckpointError when it cannot be had or arrives incomplete.
     """
     if checkpoint.layout != "hub":
         return checkpoint
     repo, ref = _parse(checkpoint.location)
     commit = checkpoint.revision or ref or "main"
-    folder = _repository_folder(repo, cache_dir)
-    offline = local_files_only or _offline()
+    folder = repository_folder(repo, cache_dir)
+    no_asking = local_files_only or offline()
     local = _on_disk(folder, commit)
     ready = local is not None and local.state is CheckpointState.COMPLETE
-    if not ready or (local is not None and local.tokenizer is None and not offline):
+    if not ready or (local is not None and local.tokenizer is None and not no_asking):
         try:
-            _download(repo, commit, cache_dir, endpoint, token, local_files_only=offline)
+            _download(repo, commit, cache_dir, endpoint, token, local_files_only=no_asking)
             local = _on_disk(folder, commit)
-        except (*_unreachable(), *_hub_errors()) as error:
+        except (*unreachable(), *hub_errors()) as error:
             if (
                 not ready
             ):  # only the tokenizer was wanted in addition; weights that are here can be used without the hub
-                raise _explained(error, repo, ref or commit) from None
+                raise explained(error, repo, ref or commit) from None
     if local is None or local.state is not CheckpointState.COMPLETE:
         why = local.reason if local is not None else "nothing of it arrived."
         raise CheckpointError(f"hf://{repo}@{ref or commit} is not complete on this disk: {why}")
     if ref is not None and not _COMMIT.fullmatch(ref):
-        _remember_ref(folder, ref, commit)
+        remember_ref(folder, ref, commit)
     return replace(
         checkpoint,
         weight_files=local.weight_files,
@@ -166,37 +177,10 @@ def _parse(source: str) -> tuple[str, str | None]:
     return found["repo"], found["revision"]
 
 
-def _offline() -> bool:
-    from huggingface_hub import constants
-
-    # The library reads the variable when it is imported; a script may set it later and mean it.
-    return bool(constants.HF_HUB_OFFLINE) or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
-
-
-def _cache_root(cache_dir: Path | str | None) -> Path:
-    from huggingface_hub import constants
-
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser()
-    if named := os.environ.get("HF_HUB_CACHE"):
-        return Path(named).expanduser()
-    if home := os.environ.get("HF_HOME"):
-        return Path(home).expanduser() / "hub"
-    return Path(constants.HF_HUB_CACHE)
-
-
-def _repository_folder(repo: str, cache_dir: Path | str | None) -> Path:
-    return _cache_root(cache_dir).absolute() / f"models--{repo.replace('/', '--')}"
-
-
-def _endpoint(endpoint: str | None) -> str | None:
-    return endpoint or os.environ.get("HF_ENDPOINT") or None
-
-
 def _remote_refs(repo: str, revision: str | None, endpoint: str | None, token: str | None) -> list[_Ref]:
     from huggingface_hub import HfApi
 
-    api = HfApi(endpoint=_endpoint(endpoint), token=token)
+    api = HfApi(endpoint=endpoint_url(endpoint), token=token)
     if revision is not None:
         if _COMMIT.fullmatch(revision):
             return [_Ref(revision, revision)]
@@ -222,10 +206,10 @@ def _ordered(repo: str, refs: list[_Ref], *, explicit: bool) -> list[Checkpoint]
     taken: dict[int, Checkpoint] = {}
     for ref, name in stepped:
         item = _checkpoint(repo, ref, name)
-        assert item.step is not None
-        if item.step in taken:
-            first = taken[item.step]
-            item = _second(item, first)
+        step = item.step
+        assert step is not None
+        if step in taken:
+            item = _second(item, taken[step])
         elif ref.commit in owner:
             first = owner[ref.commit]
             item = replace(
@@ -234,9 +218,9 @@ def _ordered(repo: str, refs: list[_Ref], *, explicit: bool) -> list[Checkpoint]
                 duplicate_of=first.step,
                 reason=f"The same commit as step {first.step}: computed once, shown at both.",
             )
-            taken[item.step] = item
+            taken[step] = item
         else:
-            taken[item.step] = owner[ref.commit] = item
+            taken[step] = owner[ref.commit] = item
         result.append(item)
     names: dict[str, list[str]] = {}
     for ref, _ in others:
@@ -337,31 +321,20 @@ def _download(
 
     if local_files_only:
         raise CheckpointError(
-            f"hf://{repo}@{commit[:12]} is not complete in the cache {_cache_root(cache_dir)} and the hub may not be asked "
-            "(offline): connect and run again."
+            f"hf://{repo}@{commit[:12]} is not complete in the cache {cache_root(cache_dir)} and the hub may not be "
+            "asked (offline): connect and run again."
         )
-    where = _endpoint(endpoint)
+    where = endpoint_url(endpoint)
     names = HfApi(endpoint=where, token=token).list_repo_files(repo, revision=commit)
     snapshot_download(
         repo,
         revision=commit,
-        cache_dir=_cache_root(cache_dir),
+        cache_dir=cache_root(cache_dir),
         endpoint=where,
         token=token,
         allow_patterns=_needed(repo, names),
-        tqdm_class=_quiet_bar(),
+        tqdm_class=quiet_bar(),
     )
-
-
-def _quiet_bar() -> Any:
-    """A progress bar that shows nothing: downloads run behind an analysis that has its own."""
-    from huggingface_hub.utils import tqdm
-
-    class Quiet(tqdm):  # type: ignore[type-arg]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "disable": True})
-
-    return Quiet
 
 
 def _needed(repo: str, names: list[str]) -> list[str]:
@@ -378,62 +351,3 @@ def _needed(repo: str, names: list[str]) -> list[str]:
         f"hf://{repo} holds no weights that can be read: expected model.safetensors or pytorch_model.bin (or their "
         f"shards), found {what}."
     )
-
-
-def _remember_ref(folder: Path, ref: str, commit: str) -> None:
-    """Keep the revision's name: a download by commit leaves none, and offline the step is known by the name only."""
-    path = folder / "refs" / ref
-    if not path.resolve().is_relative_to((folder / "refs").resolve()):
-        return
-    try:
-        if path.is_file() and path.read_text(encoding="utf-8") == commit:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        provisional = path.with_name(f"{path.name}.{os.getpid() % 16**8:08x}.tmp")
-        provisional.write_text(commit, encoding="utf-8")
-        provisional.replace(path)
-    except OSError:
-        # A cache that may only be read: the revision is usable now, only its name is not kept for later.
-        return
-
-
-def _unreachable() -> tuple[type[BaseException], ...]:
-    """No answer from the hub, as opposed to an answer that says no."""
-    from huggingface_hub import errors
-
-    transport = [kind for kind in errors.HTTPError.__subclasses__() if kind.__name__ == "RequestError"]
-    return (*transport, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError)
-
-
-def _hub_errors() -> tuple[type[BaseException], ...]:
-    from huggingface_hub import errors
-
-    return (errors.HTTPError, errors.HFValidationError, OSError)
-
-
-def _explained(error: BaseException, repo: str, revision: str | None) -> CheckpointError:
-    from huggingface_hub import errors
-
-    what = f"hf://{repo}" + (f"@{revision}" if revision else "")
-    if isinstance(error, errors.RevisionNotFoundError):
-        text = f"{what}: the repository has no such revision; `trace-offline discover hf://{repo}` lists those it has."
-    elif isinstance(error, errors.GatedRepoError):
-        text = f"{what} is gated: accept its terms on the hub, then log in with `hf auth login`."
-    elif isinstance(error, errors.RepositoryNotFoundError):
-        text = f"{what} was not found: check the spelling; if it is private, log in with `hf auth login`."
-    elif isinstance(error, errors.OfflineModeIsEnabled):
-        text = f"{what} is not in the cache and HF_HUB_OFFLINE is set: unset it and run again."
-    elif isinstance(error, _unreachable()):
-        text = f"{what} is not complete in the cache and the hub cannot be reached: check the connection."
-    else:
-        text = f"{what} cannot be fetched."
-    return CheckpointError(f"{text} ({_cause(error)})")
-
-
-def _cause(error: BaseException) -> str:
-    """Name and first line of the innermost error: the outer ones guess at connections when a file is missing."""
-    inner = error
-    while inner.__cause__ is not None:
-        inner = inner.__cause__
-    lines = str(inner).strip().splitlines()
-    return f"{type(inner).__name__}: {lines[0]}" if lines else type(inner).__name__
