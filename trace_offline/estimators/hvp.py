@@ -46,6 +46,7 @@ class HessianOperator:
             no scalar.
         NonFiniteError: the loss or its gradient is NaN or infinite.
         TraceOfflineError: an operation of the loss has no second derivative.
+
     """
 
     def __init__(self, losses: Sequence[Loss], parameters: Iterable[Tensor], *, keep_graphs: bool = True) -> None:

@@ -30,12 +30,20 @@ class Krylov:
     Args:
         operator: the symmetric operator.
         capacity: most vectors the basis may hold; ``capacity + 1`` vectors ``[n]`` are allocated at once.
-        breakdown: β below this share of the largest |entry| of T counts as zero.
+        breakdown: β below this share of the largest |entry| of T (and of ``scale``) counts as zero.
         deflated: ``[d, n]`` orthonormal rows, or None; the operator becomes ``P H P`` with ``P = I − Σ q qᵀ``.
+        scale: size of the deflated part: beside a large eigenvalue taken out, what is left may be rounding only.
+
     """
 
     def __init__(
-        self, operator: SymmetricOperator, capacity: int, *, breakdown: float, deflated: Tensor | None = None
+        self,
+        operator: SymmetricOperator,
+        capacity: int,
+        *,
+        breakdown: float,
+        deflated: Tensor | None = None,
+        scale: float = 0.0,
     ) -> None:
         self.operator = operator
         self.deflated = deflated
@@ -46,7 +54,8 @@ class Krylov:
         self.alphas: list[float] = []
         self.betas: list[float] = []
         self.block_starts: list[int] = []
-        self.scale = 0.0
+        self.scale = scale
+        self.noise = 0.0
 
     @property
     def size(self) -> int:
@@ -82,15 +91,25 @@ class Krylov:
 
         Raises:
             NonFiniteError: the product is NaN or infinite.
+
         """
         place = self.size
         vector = self._basis[place]
         image = self.operator.product(vector)
-        alpha = float(torch.dot(vector, image))
-        rest = orthogonalize(image, self.deflated, self._basis[: place + 1])
+        # First pass of the orthogonalisation, kept apart to look at its coefficients.
+        spanned = self._basis[: place + 1]
+        along = spanned @ orthogonalize(image, self.deflated, passes=1)
+        rest = torch.addmv(image, spanned.T, along, alpha=-1.0)
+        rest = orthogonalize(rest, self.deflated, spanned)
+        coefficients = along.double().cpu().numpy()
+        alpha = float(coefficients[-1])
         beta = float(torch.linalg.vector_norm(rest))
         if not (np.isfinite(alpha) and np.isfinite(beta)):
             raise NonFiniteError(f"a Hessian-vector product is not finite (step {place + 1} of Lanczos)")
+        # Exact products of a symmetric matrix have zeros here, and β before; what is found instead is rounding.
+        if place:
+            coefficients[-2] -= self.betas[-1]
+        self.noise = max(self.noise, float(np.linalg.norm(coefficients[:-1])))
         self.alphas.append(alpha)
         self.scale = max(self.scale, abs(alpha), beta)
         closed = beta <= self._breakdown * self.scale or self.size == self.dimension
@@ -100,15 +119,16 @@ class Krylov:
         return not closed
 
     def ritz(self, block: int = -1) -> tuple[Floats, Floats, Floats]:
-        """Eigenvalues ``[b]`` (ascending), eigenvectors ``[b, b]`` (columns) and residual norms ``[b]`` of a block of T.
+        """Eigenvalues ``[b]`` (ascending), eigenvectors ``[b, b]`` (columns), residuals ``[b]`` of a block of T.
 
-        The residual of a Ritz pair is ``‖H y − θ y‖ = β_m |s_m|``, s its eigenvector of T: no product needed.
+        The residual of a Ritz pair is ``‖H y − θ y‖ = β_m |s_m|``, s its eigenvector of T: no product needed. The
+        rounding of the products, as seen in how far ``QᵀHQ`` is from tridiagonal, is added in quadrature.
         """
         start, stop = self.block_range(block)
         off = np.asarray(self.betas[start : stop - 1])
         matrix = np.diag(np.asarray(self.alphas[start:stop])) + np.diag(off, 1) + np.diag(off, -1)
         values, vectors = np.linalg.eigh(matrix)
-        return values, vectors, self.betas[stop - 1] * np.abs(vectors[-1])
+        return values, vectors, np.hypot(self.betas[stop - 1] * np.abs(vectors[-1]), self.noise)
 
     def block_range(self, block: int) -> tuple[int, int]:
         """First and last-plus-one basis index of a block."""
@@ -210,6 +230,7 @@ def extreme_eigenpairs(
     Raises:
         ValueError: nothing wanted, or no steps, or a tolerance that is not positive.
         NonFiniteError: a product is NaN or infinite.
+
     """
     if largest < 0 or smallest < 0 or largest + smallest == 0 or max_steps < 1 or tolerance <= 0 or operator.n < 1:
         raise ValueError(
@@ -219,7 +240,8 @@ def extreme_eigenpairs(
     before = operator.products
     threshold = max(100 * torch.finfo(operator.dtype).eps, 1e-3 * tolerance)
     held = None if locked is None else locked.vectors
-    krylov = Krylov(operator, max_steps, breakdown=threshold, deflated=held)
+    scale = 0.0 if locked is None or not len(locked) else float(np.abs(locked.values).max())
+    krylov = Krylov(operator, max_steps, breakdown=threshold, deflated=held, scale=scale)
     search = _Search(krylov, locked, min(largest, operator.n), min(smallest, operator.n), tolerance)
     if krylov.dimension:
         krylov.begin(generator)
@@ -247,7 +269,7 @@ class _Search:
         if len(values) < max(self.largest, self.smallest):
             return False
         order = np.argsort(-values, kind="stable")
-        errors, converged = _accuracy(values[order], residuals[order], self.tolerance)
+        _, converged = _accuracy(values[order], residuals[order], self.tolerance)
         wanted = _wanted(len(values), self.largest, self.smallest)
         return bool(converged[wanted].all()) and self._complement_is_lower(values[order])
 
@@ -305,24 +327,16 @@ class _Search:
     def _vectors(self, places: NDArray[np.intp]) -> Tensor:
         krylov = self.krylov
         coefficients = np.zeros((len(places), krylov.size))
-        start = 0
-        bounds = []
         for block in range(krylov.blocks):
             first, last = krylov.block_range(block)
             _, vectors, _ = krylov.ritz(block)
-            bounds.append((first, last, vectors))
-            start = last
-        rows = torch.empty(len(places), krylov.operator.n, dtype=krylov.operator.dtype, device=krylov.operator.device)
-        for row, place in enumerate(places):
-            for first, last, vectors in bounds:
-                if first <= place < last:
-                    coefficients[row, first:last] = vectors[:, place - first]
-        made = torch.as_tensor(coefficients, dtype=rows.dtype, device=rows.device) @ krylov.basis
-        for row, place in enumerate(places):
-            if place >= start and self.locked is not None:
-                rows[row] = self.locked.vectors[place - start]
-            else:
-                rows[row] = made[row]
+            own = np.flatnonzero((places >= first) & (places < last))
+            coefficients[own, first:last] = vectors[:, places[own] - first].T
+        rows = torch.as_tensor(coefficients, dtype=krylov.operator.dtype, device=krylov.operator.device) @ krylov.basis
+        if self.locked is not None:
+            # Locked pairs come after all Ritz values of the new basis.
+            kept = np.flatnonzero(places >= krylov.size)
+            rows[kept] = self.locked.vectors[places[kept] - krylov.size]
         return rows
 
 

@@ -17,16 +17,24 @@ class SymmetricOperator(Protocol):
     """A real symmetric matrix known only by its products. ``products`` counts how many were taken."""
 
     @property
-    def n(self) -> int: ...
+    def n(self) -> int:
+        """Order of the matrix."""
+        ...
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """Floating dtype of the vectors."""
+        ...
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where the vectors live."""
+        ...
 
     @property
-    def products(self) -> int: ...
+    def products(self) -> int:
+        """Products taken so far."""
+        ...
 
     def product(self, vector: Tensor) -> Tensor:
         """``[n] → [n]``."""
@@ -41,6 +49,7 @@ class MatrixOperator:
 
     Raises:
         ValueError: the matrix is not square, not floating or not symmetric.
+
     """
 
     def __init__(self, matrix: Tensor) -> None:
@@ -74,13 +83,13 @@ def standard_normal(operator: SymmetricOperator, generator: torch.Generator) -> 
     return drawn.to(device=operator.device, dtype=operator.dtype)
 
 
-def orthogonalize(vector: Tensor, *bases: Tensor | None) -> Tensor:
+def orthogonalize(vector: Tensor, *bases: Tensor | None, passes: int = 2) -> Tensor:
     """Remove from ``vector [n]`` its part in the span of the rows of each basis ``[m, n]``; twice, which is enough.
 
     One pass of Gram-Schmidt leaves a remainder as large as rounding times the part removed; the second removes that
     (Giraud et al., Numer. Math. 101, 2005). The rows of all bases together must be orthonormal.
     """
-    for _ in range(2):
+    for _ in range(passes):
         for basis in bases:
             if basis is not None and len(basis):
                 vector = torch.addmv(vector, basis.T, basis @ vector, alpha=-1.0)

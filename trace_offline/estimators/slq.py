@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over ``probes`` random vectors with its standard error (None when it cannot be had from one probe)."""
+    """A mean over ``probes`` random vectors and its standard error: None from one probe, 0 when nothing was random."""
 
     value: float
     stderr: float | None
@@ -31,13 +31,15 @@ class Quadrature:
 
     Each estimate has the ``exact`` eigenvalues with weight 1/n each, and nodes with weights that share the rest,
     ``(n − d)/n``. ``nodes[p]``, ``weights[p]``: ``[m_p]``, ascending; weights of one probe sum to (n − d)/n.
-    ``closed[p]``: the Krylov space of the probe closed before its last step, so its distribution is exact.
-    ``scale``: largest |node|; ``n``: order of the operator; ``products``: what it cost.
+    ``closed[p]``: the Krylov space of the probe closed, so its distribution is exact. ``recurrences[p]``: diagonal
+    ``[m_p]`` and off-diagonal ``[m_p − 1]`` of the tridiagonal matrix behind it. ``n``: order of the operator;
+    ``products``: what it cost.
     """
 
     nodes: tuple[Floats, ...]
     weights: tuple[Floats, ...]
     closed: tuple[bool, ...]
+    recurrences: tuple[tuple[Floats, Floats], ...]
     exact: Floats
     n: int
     products: int
@@ -60,14 +62,14 @@ class Quadrature:
 
     def integral(self, function: Callable[[Floats], Floats]) -> Estimate:
         """``∫ f(λ) φ(λ) dλ = (1/n) Σ_i f(λ_i)`` with its standard error over probes."""
-        return _estimate(self._per_probe(function))
+        return self._estimate(self._per_probe(function))
 
     def trace(self) -> Estimate:
         """``Tr H = n ∫ λ φ(λ) dλ``: unbiased, exact in the given eigenpairs and Hutchinson's estimate of the rest.
 
         One-point information suffices: the first moment of the quadrature of a probe v is ``vᵀHv`` itself.
         """
-        return _estimate(self.n * self._per_probe(lambda points: points))
+        return self._estimate(self.n * self._per_probe(lambda points: points))
 
     def mass_below(self, bound: float) -> Estimate:
         """Share of all eigenvalues below ``bound``."""
@@ -90,27 +92,37 @@ class Quadrature:
                 high.append(known + float(weights[: below if closed else below + 1].sum()))
         return float(np.mean(low)), float(np.mean(high))
 
+    def truncated(self, steps: int) -> Quadrature:
+        """The same probes after their first ``steps`` products only: what a shorter run would have given, for free."""
+        rules, closed = [], []
+        for (diagonal, off), done in zip(self.recurrences, self.closed, strict=True):
+            rules.append(_gauss_rule(diagonal[:steps], off[: steps - 1], 1.0 - len(self.exact) / self.n))
+            closed.append(done and steps >= len(diagonal))
+        return replace(self, nodes=tuple(r[0] for r in rules), weights=tuple(r[1] for r in rules), closed=tuple(closed))
+
     def negative_share(self) -> Estimate:
-        """``Σ_{λ<0} |λ| / Σ |λ|``: how much of the absolute curvature is negative; jackknife standard error.
+        """``Σ_{λ<0} |λ| / Σ |λ|``: how much of the absolute curvature is negative; 0 = convex, ½ = as much as positive.
+
+        |λ| has a kink at 0, where the spectra of networks crowd, so the quadrature of m steps alternates around the
+        limit as m grows. The value is the mean over the quadratures of m/2 + 1 … m steps (all from the same products),
+        and the standard error joins their spread to the jackknife error over probes.
 
         Raises:
             ZeroDivisionError: the operator is zero.
+
         """
-        below = self._per_probe(lambda points: np.maximum(-points, 0.0))
-        total = self._per_probe(np.abs)
-        if total.sum() == 0:
-            raise ZeroDivisionError("the operator is zero: no curvature to share out")
-        value = float(below.sum() / total.sum())
-        count = len(below)
+        longest = max((len(nodes) for nodes in self.nodes), default=0)
+        first = longest if all(self.closed) else longest // 2 + 1
+        runs = [_share(self.truncated(steps)) for steps in range(first, longest + 1)] if longest else [_share(self)]
+        shares = np.array([share for share, _ in runs])
+        errors = [error for _, error in runs]
+        value = float(shares.mean())
         if self.probes == 0:
             return Estimate(value, 0.0, 0)
-        if count == 1:
-            return Estimate(value, None, 1)
-        # Leaving out the only probe with curvature leaves 0/0; such a sample says nothing and keeps the whole's value.
-        rest = total.sum() - total
-        left_out = np.where(rest > 0, (below.sum() - below) / np.where(rest > 0, rest, 1.0), value)
-        spread = (count - 1) / count * float(((left_out - left_out.mean()) ** 2).sum())
-        return Estimate(value, float(np.sqrt(spread)), count)
+        if self.probes == 1 or (len(runs) == 1 and not all(self.closed)):
+            return Estimate(value, None, self.probes)
+        spread = float(shares.std(ddof=1)) if len(runs) > 1 else 0.0
+        return Estimate(value, float(np.hypot(np.mean(errors), spread)), self.probes)
 
     def density(self, points: int = 1024, broadening: float = 0.01) -> tuple[Floats, Floats, float]:
         """The density on a grid: every point mass spread by a Gaussian of standard deviation σ.
@@ -124,6 +136,7 @@ class Quadrature:
 
         Raises:
             ValueError: a grid too coarse for its kernel.
+
         """
         low, high = self.span
         width = high - low
@@ -152,6 +165,13 @@ class Quadrature:
             result.append((points[order], np.concatenate((own, weights))[order]))
         return result
 
+    def _estimate(self, samples: Floats) -> Estimate:
+        if self.probes == 0:
+            return Estimate(float(samples[0]), 0.0, 0)
+        if self.probes == 1:
+            return Estimate(float(samples[0]), None, 1)
+        return Estimate(float(samples.mean()), float(samples.std(ddof=1) / np.sqrt(self.probes)), self.probes)
+
     def _per_probe(self, function: Callable[[Floats], Floats]) -> Floats:
         known = float(function(self.exact).sum()) / self.n if len(self.exact) else 0.0
         if not self.probes:
@@ -159,11 +179,26 @@ class Quadrature:
         return np.array([known + float(function(x) @ w) for x, w in zip(self.nodes, self.weights, strict=True)])
 
 
-def _estimate(samples: Floats) -> Estimate:
-    count = len(samples)
-    if count == 1:
-        return Estimate(float(samples[0]), None, 1)
-    return Estimate(float(samples.mean()), float(samples.std(ddof=1) / np.sqrt(count)), count)
+def _share(quadrature: Quadrature) -> tuple[float, float]:
+    """Negative share of the absolute curvature and its jackknife standard error over probes (0 for a single one)."""
+    below = quadrature._per_probe(lambda points: np.maximum(-points, 0.0))
+    total = quadrature._per_probe(np.abs)
+    whole = float(total.sum())
+    if whole == 0:
+        raise ZeroDivisionError("the operator is zero: there is no curvature to share out")
+    value = float(below.sum() / whole)
+    count = len(below)
+    # Without the only probe that saw curvature 0/0 remains; such a sample says nothing and keeps the whole's value.
+    rest = whole - total
+    left_out = np.where(rest > 0, (below.sum() - below) / np.where(rest > 0, rest, 1.0), value)
+    spread = (count - 1) / count * float(((left_out - left_out.mean()) ** 2).sum())
+    return value, float(np.sqrt(spread))
+
+
+def _gauss_rule(diagonal: Floats, off: Floats, mass: float) -> tuple[Floats, Floats]:
+    """Nodes (ascending) and weights (sum ``mass``) of the quadrature of a tridiagonal matrix (Golub & Welsch 1969)."""
+    nodes, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(off, 1) + np.diag(off, -1))
+    return nodes, mass * vectors[0] ** 2
 
 
 def spectral_quadrature(
@@ -199,6 +234,7 @@ def spectral_quadrature(
     Raises:
         ValueError: no probes, no steps, or values and vectors that do not belong together.
         NonFiniteError: a product is NaN or infinite.
+
     """
     if probes < 1 or steps < 1 or operator.n < 1:
         raise ValueError(f"expected probes, steps and n >= 1, found {probes}, {steps} and {operator.n}")
@@ -208,19 +244,30 @@ def spectral_quadrature(
         raise ValueError(f"expected one vector for each known eigenvalue, found {len(values)} and {count}")
     before = operator.products
     share = (operator.n - count) / operator.n
-    nodes: list[Floats] = []
-    weights: list[Floats] = []
+    rules: list[tuple[Floats, Floats]] = []
+    recurrences: list[tuple[Floats, Floats]] = []
     closed: list[bool] = []
     for _ in range(probes if count < operator.n else 0):
         krylov = Krylov(
-            operator, steps, breakdown=100 * torch.finfo(operator.dtype).eps, deflated=exact_vectors if count else None
+            operator,
+            steps,
+            breakdown=100 * torch.finfo(operator.dtype).eps,
+            deflated=exact_vectors if count else None,
+            scale=float(np.abs(values).max()) if count else 0.0,
         )
         krylov.begin(generator)
         is_open = True
         while is_open and not krylov.full:
             is_open = krylov.step()
-        theta, vectors, _ = krylov.ritz()
-        nodes.append(theta)
-        weights.append(share * vectors[0] ** 2)
+        recurrences.append((np.asarray(krylov.alphas), np.asarray(krylov.betas[:-1])))
+        rules.append(_gauss_rule(*recurrences[-1], share))
         closed.append(not is_open)
-    return Quadrature(tuple(nodes), tuple(weights), tuple(closed), values, operator.n, operator.products - before)
+    return Quadrature(
+        nodes=tuple(nodes for nodes, _ in rules),
+        weights=tuple(weights for _, weights in rules),
+        closed=tuple(closed),
+        recurrences=tuple(recurrences),
+        exact=values,
+        n=operator.n,
+        products=operator.products - before,
+    )

@@ -1,0 +1,236 @@
+"""What the ``hessian`` analyzer does once torch is loaded: operator, Lanczos, quadrature, and their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from trace_offline.activations.losses import double_backward_attention
+from trace_offline.analyzers._curvature_batch import (
+    GIB,
+    check_labels,
+    choose_rows,
+    in_dtype,
+    losses_of,
+    plan_batches,
+    weights_of,
+)
+from trace_offline.core.errors import NotApplicable
+from trace_offline.core.types import Array, Measurement, Result
+from trace_offline.estimators.hvp import HessianOperator, NonFiniteError, require_gradients
+from trace_offline.estimators.lanczos import Eigenpairs, Spectrum, extreme_eigenpairs
+from trace_offline.estimators.slq import Estimate, Quadrature, spectral_quadrature
+
+if TYPE_CHECKING:
+    from trace_offline.activations.model import ModelView
+    from trace_offline.analyzers.hessian import HessianAnalyzer
+    from trace_offline.evaluation.evaluation_set import EvaluationSet
+
+COMPONENT = "all"
+
+# Below this share of the largest |λ| the sign of an eigenvalue is rounding.
+_ZERO = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+def measure_curvature(
+    model: ModelView, evaluation: EvaluationSet, params: HessianAnalyzer.Params, seed: int
+) -> Iterator[Result]:
+    """All results of the analysis; values that are not finite are missing with the reason."""
+    rows = choose_rows(evaluation, params.max_sequences, params.max_tokens, seed)
+    model = in_dtype(model, params.dtype)
+    parameters = weights_of(model)
+    count = sum(parameter.numel() for parameter in {id(p): p for p in parameters}.values())
+    steps = affordable_steps(count, parameters[0].element_size(), params)
+    yield _plain("parameters", count, len(rows))
+    with require_gradients(parameters), double_backward_attention():
+        check_labels(model, rows)
+        try:
+            plan = plan_batches(model, parameters, rows, params.micro_batch, params.max_graph_gb)
+            losses = losses_of(model, rows, plan.micro_batches)
+            operator = HessianOperator(losses, parameters, keep_graphs=plan.keep_graphs)
+        except NonFiniteError as error:
+            yield from _undefined(str(error), params.k, len(rows), _FIRST + _SECOND)
+            return
+        with operator:
+            yield _plain("batch_loss", operator.loss, len(rows))
+            yield _plain("gradient_norm", operator.gradient_norm, len(rows))
+            try:
+                results = list(_second_order(operator, params, steps, len(rows), seed))
+            except NonFiniteError as error:
+                results = list(_undefined(str(error), params.k, len(rows), _SECOND))
+            yield from results
+            yield _plain("products", operator.products, len(rows))
+
+
+def affordable_steps(n: int, itemsize: int, params: HessianAnalyzer.Params) -> int:
+    """Most Lanczos steps whose vectors stay within ``max_basis_gb``.
+
+    In memory at once: the basis (steps + 1 vectors), the found pairs (k + 1) and some five work vectors.
+
+    Raises:
+        NotApplicable: too few for k eigenvalues to have a chance.
+
+    """
+    vector = n * itemsize
+    other = min(params.k + 1, n) + 5
+    affordable = int(params.max_basis_gb * GIB) // vector - other - 1
+    wanted = min(params.max_steps, n)
+    least = min(wanted, max(2 * params.k, params.slq_steps))
+    if affordable < least:
+        needed = (least + other + 1) * vector / GIB
+        raise NotApplicable(
+            f"not applicable because {params.k} eigenvalues of {n:,} parameters need at least {least} Lanczos vectors "
+            f"and {other} others, {needed:.3g} GiB, and max_basis_gb is {params.max_basis_gb:g}: "
+            "raise max_basis_gb, or lower k and slq_steps"
+        )
+    return min(wanted, affordable)
+
+
+def _second_order(
+    operator: HessianOperator, params: HessianAnalyzer.Params, steps: int, sequences: int, seed: int
+) -> Iterator[Result]:
+    yield _gradient_curvature(operator, sequences)
+    # Two independent streams: the probes must not depend on how many start vectors the search for eigenvalues drew.
+    search_seed, probe_seed = (int(child.generate_state(1)[0]) for child in np.random.SeedSequence(seed).spawn(2))
+    search = torch.Generator().manual_seed(search_seed)
+    spectrum = extreme_eigenpairs(
+        operator, largest=params.k, smallest=1, tolerance=params.tolerance, max_steps=steps, generator=search
+    )
+    known = _converged(spectrum.pairs)
+    quadrature = spectral_quadrature(
+        operator,
+        probes=params.slq_probes,
+        steps=params.slq_steps,
+        generator=torch.Generator().manual_seed(probe_seed),
+        exact_values=known.values,
+        exact_vectors=known.vectors,
+    )
+    spectrum = _without_gaps(operator, spectrum, quadrature, params, steps, search)
+    yield from _eigenvalues(spectrum, params.k, operator.n, sequences)
+    yield from _distribution(quadrature, params, operator.dtype)
+    yield Array("ritz", tuple(spectrum.ritz.tolist()), component=COMPONENT)
+    yield Array("ritz_residual", tuple(spectrum.ritz_residuals.tolist()), component=COMPONENT)
+
+
+def _gradient_curvature(operator: HessianOperator, sequences: int) -> Measurement:
+    square = float(torch.dot(operator.gradient, operator.gradient))
+    if square == 0:
+        return _missing("gradient_curvature", "the gradient is zero: it has no direction", sequences)
+    value = float(torch.dot(operator.gradient, operator.product(operator.gradient))) / square
+    if not np.isfinite(value):
+        raise NonFiniteError(f"the Hessian times the gradient is not finite ({value})")
+    return _plain("gradient_curvature", value, sequences)
+
+
+def _converged(pairs: Eigenpairs) -> Eigenpairs:
+    return pairs.take(np.flatnonzero(pairs.converged).tolist())
+
+
+def _without_gaps(
+    operator: HessianOperator,
+    spectrum: Spectrum,
+    quadrature: Quadrature,
+    params: HessianAnalyzer.Params,
+    steps: int,
+    generator: torch.Generator,
+) -> Spectrum:
+    """Search again where the probes prove that an eigenvalue was missed.
+
+    One start vector finds one vector of each eigenspace. A Ritz value of a probe in the complement of the found pairs
+    is a lower bound of what is left there: when it lies beyond the last wanted value, a copy was missed.
+    """
+    if not spectrum.pairs.converged.all() or spectrum.complete or not quadrature.probes:
+        return spectrum
+    low = min(float(nodes.min()) for nodes in quadrature.nodes)
+    high = max(float(nodes.max()) for nodes in quadrature.nodes)
+    slack = params.tolerance * float(np.abs(spectrum.pairs.values).max())
+    missed = high > spectrum.largest.values[-1] + slack or low < spectrum.smallest.values[-1] - slack
+    if not missed:
+        return spectrum
+    return extreme_eigenpairs(
+        operator,
+        largest=params.k,
+        smallest=1,
+        tolerance=params.tolerance,
+        max_steps=steps,
+        generator=generator,
+        locked=spectrum.pairs,
+    )
+
+
+def _eigenvalues(spectrum: Spectrum, k: int, n: int, sequences: int) -> Iterator[Measurement]:
+    rows = [
+        ("eigenvalue", str(rank + 1), str(rank + 1), spectrum.largest, rank) for rank in range(len(spectrum.largest))
+    ]
+    rows.append(("smallest_eigenvalue", None, "smallest", spectrum.smallest, 0))
+    for metric, label, residual_label, pairs, place in rows:
+        value, residual = float(pairs.values[place]), float(pairs.residuals[place])
+        if pairs.converged[place]:
+            yield _plain(metric, value, sequences, label)
+        else:
+            yield _missing(
+                metric,
+                f"not converged after {spectrum.products} products (at {value:.6g} with residual {residual:.3g}); "
+                "raise max_steps (and max_basis_gb) or tolerance",
+                sequences,
+                label,
+            )
+        yield _plain("residual", residual, sequences, residual_label)
+    for rank in range(found, k):
+        if n <= rank:
+            reason = f"the network has only {n} parameters"
+        else:
+            reason = f"not reached in {spectrum.products} products; raise max_steps (and max_basis_gb)"
+        yield _missing("eigenvalue", reason, sequences, str(rank + 1))
+
+
+def _distribution(quadrature: Quadrature, params: HessianAnalyzer.Params, dtype: torch.dtype) -> Iterator[Result]:
+    probes = quadrature.probes
+    yield _estimated("trace", quadrature.trace())
+    try:
+        yield _estimated("negative_mass", quadrature.negative_share())
+    except ZeroDivisionError as error:
+        yield _missing("negative_mass", str(error), probes)
+    low, high = quadrature.mass_below_bounds(-_ZERO[dtype] * quadrature.scale)
+    yield _plain("negative_fraction_lower", low, probes)
+    yield _plain("negative_fraction_upper", high, probes)
+    grid, density, sigma = quadrature.density(params.grid_points, params.broadening)
+    yield Array("density_grid", tuple(grid.tolist()), component=COMPONENT)
+    yield Array("density", tuple(density.tolist()), component=COMPONENT)
+    yield Array("density_sigma", (sigma,), component=COMPONENT)
+    for probe, (nodes, weights) in enumerate(quadrature.measures(), start=1):
+        yield Array("slq_nodes", tuple(nodes.tolist()), component=COMPONENT, label=str(probe))
+        yield Array("slq_weights", tuple(weights.tolist()), component=COMPONENT, label=str(probe))
+
+
+_FIRST = ("batch_loss", "gradient_norm")
+_SECOND = (
+    "gradient_curvature",
+    "smallest_eigenvalue",
+    "trace",
+    "negative_mass",
+    "negative_fraction_lower",
+    "negative_fraction_upper",
+)
+
+
+def _undefined(reason: str, k: int, sequences: int, metrics: tuple[str, ...]) -> Iterator[Measurement]:
+    for metric in metrics:
+        yield _missing(metric, reason, sequences)
+    for rank in range(1, k + 1):
+        yield _missing("eigenvalue", reason, sequences, str(rank))
+
+
+def _plain(metric: str, value: float, n: int, label: str | None = None) -> Measurement:
+    return Measurement(metric, float(value), n=n, component=COMPONENT, label=label)
+
+
+def _missing(metric: str, reason: str, n: int, label: str | None = None) -> Measurement:
+    return Measurement(metric, None, n=n, component=COMPONENT, label=label, reason=reason)
+
+
+def _estimated(metric: str, estimate: Estimate) -> Measurement:
+    return Measurement(metric, estimate.value, stderr=estimate.stderr, n=estimate.probes, component=COMPONENT)
