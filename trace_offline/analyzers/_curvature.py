@@ -162,8 +162,9 @@ def _without_gaps(
 
 
 def _eigenvalues(spectrum: Spectrum, k: int, n: int, sequences: int) -> Iterator[Measurement]:
-    rows = [
-        ("eigenvalue", str(rank + 1), str(rank + 1), spectrum.largest, rank) for rank in range(len(spectrum.largest))
+    found = len(spectrum.largest)
+    rows: list[tuple[str, str | None, str, Eigenpairs, int]] = [
+        ("eigenvalue", str(rank + 1), str(rank + 1), spectrum.largest, rank) for rank in range(found)
     ]
     rows.append(("smallest_eigenvalue", None, "smallest", spectrum.smallest, 0))
     for metric, label, residual_label, pairs, place in rows:
