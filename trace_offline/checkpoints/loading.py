@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from trace_offline.checkpoints.factory import load_factory
 from trace_offline.checkpoints.hf_models import from_pretrained, model_class, read_config
 from trace_offline.checkpoints.model_cache import ModelCache
 from trace_offline.checkpoints.model_view import ModelView
-from trace_offline.checkpoints.prefixes import strip_attribute, strip_to_fit
+from trace_offline.checkpoints.prefixes import strip_attribute, strip_to_fit, strip_wrappers
 from trace_offline.checkpoints.weights import (
     RawWeights,
     check_file,
@@ -82,13 +83,13 @@ def load_model(
         module, notes = module.to(DTYPES[dtype]), weights.notes + notes
     elif config_path is not None:
         kinds = {check_file(path) for path in files}
-        mapped = kinds == {"safetensors"} and _is_standard_folder(files)
-        identity = (file_digest(config_path), dtype, device, trust_remote_code, blocks) if mapped and cache else None
+        safe = kinds == {"safetensors"}
+        identity = (file_digest(config_path), dtype, device, trust_remote_code, blocks) if safe and cache else None
         reused = cache.reuse(identity, files) if identity is not None and cache is not None else None
         if reused is not None:
             (module, notes), lent = reused, True
         else:
-            module, notes = _with_config(files, config_path, mapped, DTYPES[dtype], trust_remote_code)
+            module, notes = _with_config(files, config_path, safe, DTYPES[dtype], trust_remote_code)
     else:
         module, notes = _without_config(read_weights(files), files[0], DTYPES[dtype])
     if not lent:
@@ -139,53 +140,48 @@ def _find_config(checkpoint: Checkpoint, files: Sequence[Path]) -> Path | None:
     return None
 
 
-def _is_standard_folder(files: Sequence[Path]) -> bool:
-    """Would ``from_pretrained`` read exactly these files from their folder?"""
+def _reads_in_place(files: Sequence[Path], config_path: Path) -> bool:
+    """Can ``from_pretrained`` be given the folder itself, and would it read exactly these safetensors files there?"""
     folder, names = files[0].parent, {path.name for path in files}
-    if any(path.parent != folder for path in files):
+    if config_path.parent != folder or any(path.parent != folder for path in files):
         return False
     single, index = "model.safetensors", folder / "model.safetensors.index.json"
-    if (folder / single).exists():
-        return names == {single}
-    if not index.is_file():
-        return False
-    import json
+    read = {single} if (folder / single).exists() else _shards_of(index) if index.is_file() else set()
+    return read == names and all(_is_plain(path) for path in files)
 
+
+def _shards_of(index: Path) -> set[str]:
     try:
-        return set(json.loads(index.read_bytes())["weight_map"].values()) == names
+        return set(json.loads(index.read_bytes())["weight_map"].values())
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index}: expected a map of tensors to files, found something else ({error}).") from None
 
 
+def _is_plain(path: Path) -> bool:
+    """Names without wrapper prefixes, in a file that carries the mark transformers insists on (some tools omit it)."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt", device="cpu") as stream:
+        names = dict.fromkeys(stream.keys())
+        return (stream.metadata() or {}).get("format") == "pt" and not strip_wrappers(names)[1]
+
+
 def _with_config(
-    files: Sequence[Path], config_path: Path, mapped: bool, dtype: torch.dtype, trust_remote_code: bool
+    files: Sequence[Path], config_path: Path, safe: bool, dtype: torch.dtype, trust_remote_code: bool
 ) -> tuple[nn.Module, tuple[str, ...]]:
     config = read_config(config_path, trust_remote_code)
     notes: tuple[str, ...] = ()
     if config_path.parent != files[0].parent:
         notes = (f"configuration taken from {config_path}",)
-    if mapped:
-        from trace_offline.checkpoints.safetensors_header import read_header
-
-        names: dict[str, Any] = {name: path for path in files for name in read_header(path).tensors}
-        plain = not any("_orig_mod" in name or name.startswith("module.") for name in names)
-        if plain and all(_says_pytorch(path) for path in files):
-            module, more = from_pretrained(config, dtype, trust_remote_code, folder=files[0].parent)
-            return module, notes + more
+    if safe and _reads_in_place(files, config_path):
+        module, more = from_pretrained(config, dtype, trust_remote_code, folder=files[0].parent)
+        return module, notes + more
     weights = read_weights(files)
     tensors, prefix = strip_to_fit(weights.tensors, _expected_names(config, trust_remote_code))
     if prefix is not None:
         notes += (f"prefix {prefix} stripped from the names of tensors",)
     module, more = from_pretrained(config, dtype, trust_remote_code, tensors=tensors, where=files[0])
     return module, notes + weights.notes + more
-
-
-def _says_pytorch(path: Path) -> bool:
-    """Without this mark (accelerate leaves it out) transformers does not read the file itself."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt", device="cpu") as stream:
-        return (stream.metadata() or {}).get("format") == "pt"
 
 
 def _expected_names(config: Any, trust_remote_code: bool) -> set[str]:

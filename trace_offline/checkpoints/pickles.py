@@ -13,6 +13,7 @@ ever reached, whatever the bytes are.
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,14 +58,17 @@ def load_pickle(path: Path) -> Pickled:
     try:
         with path.open("rb") as stream:
             zipped = stream.read(4) == b"PK\x03\x04"
-        return Pickled(torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None))
+        with warnings.catch_warnings():
+            # about pickle protocols other than torch's own; whether the content can be had is told below
+            warnings.simplefilter("ignore", UserWarning)
+            return Pickled(torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None))
     except pickle.UnpicklingError as error:
         if not zipped:
             raise CheckpointError(
                 f"{path}: not a checkpoint that torch can read safely: {_first_line(error)}. Expected weights saved by "
                 "torch.save; save the state dict alone (torch.save(model.state_dict(), …)) or as safetensors."
             ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # a damaged pickle fails in whatever way its bytes lead to
         raise CheckpointError(
             f"{path}: damaged or incomplete: torch cannot read it ({_first_line(error)}). Copy or save it again."
         ) from None
