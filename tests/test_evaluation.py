@@ -347,3 +347,14 @@ def test_tokenizer_check_names_both(tmp_path: Path) -> None:
         check_tokenizer(known, "abc", "run/step0")
     for part in ("tiny", "org/mine", str(known.tokenizer_hash), "run/step0", "abc", "--tokenizer"):
         assert part in caught.value.message
+
+
+def test_a_mask_token_with_a_label_may_be_annotated(tmp_path: Path) -> None:
+    mask_token = 9
+    keywords = {"labels_shifted": False, "objective": "masked_lm", "special_token_ids": [1, mask_token]}
+    annotations = [(0, "topic", 1, 4, "sport")]
+    ids, labels = [[1, 5, mask_token, 6]], [[-100, -100, 7, -100]]
+    folder = save_evaluation_set(tmp_path / "e", ids, labels=labels, annotations=annotations, **keywords)
+    assert EvaluationSet.load(folder).spans("topic").end.tolist() == [4]
+    with pytest.raises(EvaluationSetError, match="covers padding or a special token"):
+        save_evaluation_set(tmp_path / "f", ids, labels=[[5, -100, -100, 6]], annotations=annotations, **keywords)

@@ -48,14 +48,16 @@ class Tally:
 
     outcomes: dict[str, Counter[str]] = field(default_factory=dict)
     classes: dict[str, Counter[str]] = field(default_factory=dict)
+    lost: dict[str, Counter[str]] = field(default_factory=dict)
     truncated: int = 0
     chunked: int = 0
 
     def add(self, task: str, outcome: Outcome, label: str | None = None, count: int = 1) -> None:
         """Count a word."""
         self.outcomes.setdefault(task, Counter())[outcome.value] += count
-        if outcome is Outcome.ALIGNED and label is not None:
-            self.classes.setdefault(task, Counter())[label] += count
+        if label is not None:
+            which = self.classes if outcome is Outcome.ALIGNED else self.lost
+            which.setdefault(task, Counter())[label] += count
 
 
 @dataclass(frozen=True)
@@ -323,6 +325,7 @@ def _summary(
             "labels": total,
             **{outcome.value: outcomes[outcome.value] for outcome in Outcome},
             "classes": dict(sorted(tally.classes[task].items())),
+            "classes_not_aligned": dict(sorted(tally.lost.get(task, Counter()).items())),
         }
         share = outcomes[Outcome.ALIGNED.value] / total
         if share < 0.9:
@@ -330,6 +333,13 @@ def _summary(
                 f'task "{task}": only {share:.0%} of {total} labels are aligned with tokens; see the counts of '
                 "shared, no_subword, truncated, masked and unplaced."
             )
+        for label, lost in sorted(tally.lost.get(task, Counter()).items()):
+            # Losses are rarely even: a tokenizer that joins "n't" with its verb costs one class, not all alike.
+            if lost >= 10 and lost > tally.classes[task][label] / 3:
+                warnings.append(
+                    f'task "{task}", class "{label}": {lost} of {lost + tally.classes[task][label]} labels are not '
+                    "aligned; what is measured on the rest may not stand for the class."
+                )
     if repeated:
         warnings.append(f"{repeated} texts occur on both sides of the split; scores on them are not held out.")
     return {

@@ -137,6 +137,7 @@ class EvaluationSet:
                 description.special_token_ids,
                 where_annotations,
                 start,
+                None if description.labels_shifted else labels,
             )
             n_tokens += int(mask.sum(dtype=np.int64))
             content_hash.update("input_ids", ids)

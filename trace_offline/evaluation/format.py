@@ -231,7 +231,14 @@ def _check(contents: Contents, annotations: Annotations, description: Descriptio
     validate.check_row_numbers(n, contents.group, contents.split, where)
     validate.check_spans(annotations.row, annotations.task, annotations.start, annotations.end, n, t, where)
     validate.check_spans_attended(
-        annotations.row, annotations.start, annotations.end, ids, mask, description.special_token_ids, where
+        annotations.row,
+        annotations.start,
+        annotations.end,
+        ids,
+        mask,
+        description.special_token_ids,
+        where,
+        labels=None if description.labels_shifted else labels,
     )
 
 

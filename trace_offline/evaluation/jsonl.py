@@ -143,9 +143,12 @@ def _document(record: dict[str, Any], wanted: set[str], where: str) -> Document:
             per_word[_alias(key)] = [_label(entry) for entry in value]
         elif isinstance(value, (str, int, bool)):
             whole[key] = _label(value) or ""
-    whole |= {
-        task: text for task, value in record.get("labels", {}).items() if task in wanted and (text := _label(value))
-    }
+    for task, value in record.get("labels", {}).items():
+        label = _label(value) if _is_label(value) else None
+        if value is not None and label is None:
+            raise EvaluationSetError(f'{where}: "labels": {task} must be text, a whole number, true or false.')
+        if task in wanted and label is not None:
+            whole[task] = label
     if words is not None:
         document = document_from_words(
             words, per_word, where, space_after=record.get("space_after"), text=text, whole=whole
@@ -155,11 +158,10 @@ def _document(record: dict[str, Any], wanted: set[str], where: str) -> Document:
     else:
         assert text is not None
         spans = [whole_span(task, text, label) for task, label in whole.items()]
-    spans += [
-        span
-        for index, given in enumerate(record.get("spans", []))
-        if (span := _span(given, text, where, index)).task in wanted
-    ]
+    for index, given in enumerate(record.get("spans", [])):
+        span = _span(given, text, where, index)
+        if span.task in wanted:
+            spans.append(span)
     return Document(text, where, tuple(spans))
 
 

@@ -157,14 +157,17 @@ def check_spans_attended(
     special_token_ids: tuple[int, ...],
     where: str,
     first_row: int = 0,
+    labels: npt.NDArray[np.int64] | None = None,
 ) -> None:
     """Annotations of the rows in this ``[B, T]`` slice cover tokens only: no padding, no special token.
 
+    ``labels``: given when they belong to their own position; a mask token that has a label stands for a real token.
     Raises EvaluationSetError.
     """
     usable = attention_mask.astype(bool)
     if special_token_ids:
-        usable &= ~np.isin(input_ids, special_token_ids)
+        ordinary = ~np.isin(input_ids, special_token_ids)
+        usable &= ordinary if labels is None else ordinary | (labels != IGNORED)
     unusable = np.concatenate([np.zeros((len(usable), 1), np.int64), (~usable).cumsum(1)], axis=1)
     local = row - first_row
     bad = np.flatnonzero(unusable[local, end] != unusable[local, start])
