@@ -87,7 +87,7 @@ def _search_by_product(
     squared: Tensor,
     indices: Tensor,
 ) -> Tensor:
-    """Fill the answers of those ``rows`` that a product in the precision of ``centred`` certifies; return the others."""
+    """Fill the answers of ``rows`` that a product in the precision of ``centred`` certifies; return the others."""
     n, width = centred.shape
     n_candidates = min(n - 1, k + _SPARE)
     norms = centred.square().sum(1)
