@@ -38,8 +38,8 @@ class TaskWords:
 class Prepared:
     """A task ready to fit. ``kept [K]``: codes of the classes that are learned, ``excluded``: class name → reason.
 
-    ``words``: those of kept classes only. ``label [M]`` in 0…K−1, ``control [M]`` likewise, or None. ``reason``: why the
-    task cannot be probed at all, or None.
+    ``words``: those of kept classes only. ``label [M]`` in 0…K−1, ``control [M]`` likewise, or None. ``reason``: why
+    the task cannot be probed at all, or None.
     """
 
     words: TaskWords

@@ -84,7 +84,7 @@ def fit_layers(
             features[:, validation],
             y[:, validation],
             penalties,
-            tolerance=10.0 * tolerance,
+            tolerance=3.0 * tolerance,
             max_iterations=max_iterations,
         )
         del problems

@@ -12,7 +12,7 @@ describe the finite test set, not the choice of training sentences or of the see
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import numpy as np
 from pydantic import Field
@@ -31,6 +31,7 @@ from trace_offline.estimators.splits import Part
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trace_offline.activations.hidden_table import Pooling
     from trace_offline.analyzers._probe_fit import LayerScores
 
 _WHOLE = ("accuracy", "macro_f1", "nll", "confidence", "majority_accuracy", "penalty", "converged")
@@ -81,7 +82,7 @@ class ProbeAnalyzer(Analyzer):
         control: bool = Field(True, description="also fit the control task (doubles the problems solved)")
         max_iterations: int = Field(500, ge=1, le=100_000, description="of the solver, per penalty")
         tolerance: float = Field(
-            1e-4, gt=0, le=0.1, description="gradient norm, relative to the intercept-only model, at which a fit ends"
+            5e-4, gt=0, le=0.1, description="gradient norm, relative to the intercept-only model, at which a fit ends"
         )
 
     def collectors(self, context: Context) -> Mapping[str, Collector]:
@@ -101,7 +102,7 @@ class ProbeAnalyzer(Analyzer):
         distinct, _ = self._words(context)
         alignment = context.params.alignment
         pooling = context.evaluation.alignment if alignment == "auto" else alignment
-        return {"words": HiddenStateTable(distinct[:, 0], distinct[:, 1], distinct[:, 2], pooling)}
+        return {"words": HiddenStateTable(distinct[:, 0], distinct[:, 1], distinct[:, 2], cast("Pooling", pooling))}
 
     def measure(self, context: Context) -> Iterator[Result]:
         """Every task, layer by layer; a task or layer that cannot be probed gives reasons and stops no other.
@@ -142,7 +143,7 @@ class ProbeAnalyzer(Analyzer):
 
     @staticmethod
     def _nothing(layer: int, ready: Prepared, control: bool, reason: str) -> Iterator[Result]:
-        where = {"layer": layer, "component": "residual", "task": ready.words.task}
+        where: dict[str, Any] = {"layer": layer, "component": "residual", "task": ready.words.task}
         for metric in _WHOLE + (_CONTROL if control else ()):
             yield missing(metric, reason, **where)
         for label in ready.words.classes:
@@ -150,7 +151,7 @@ class ProbeAnalyzer(Analyzer):
                 yield missing(metric, ready.excluded.get(label, reason), label=label, **where)
 
     def _layer(self, found: LayerScores, ready: Prepared, majority: Estimate) -> Iterator[Result]:
-        where = {"layer": found.layer, "component": "residual", "task": ready.words.task}
+        where: dict[str, Any] = {"layer": found.layer, "component": "residual", "task": ready.words.task}
         real = found.real
         n = len(real.correct)
         yield measurement("accuracy", real.accuracy, n, **where)
@@ -172,7 +173,7 @@ class ProbeAnalyzer(Analyzer):
         yield Array("confusion", tuple(confusion.reshape(-1).tolist()), **where)
 
     @staticmethod
-    def _classes(found: LayerScores, ready: Prepared, where: dict) -> Iterator[Result]:
+    def _classes(found: LayerScores, ready: Prepared, where: dict[str, Any]) -> Iterator[Result]:
         place = {int(code): k for k, code in enumerate(ready.kept)}
         for code, label in enumerate(ready.words.classes):
             if label in ready.excluded:

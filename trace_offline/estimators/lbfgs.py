@@ -72,7 +72,8 @@ class _Working:
     logits: Tensor
     value: Tensor
     gradient: Tensor
-    curvature: Tensor
+    bound: Tensor
+    inverse: Tensor
     reference: Tensor
     flat: Tensor
     gamma: Tensor
@@ -81,14 +82,13 @@ class _Working:
     rho: Tensor
 
     def keep(self, mask: Tensor) -> None:
-        for name in ("which", "theta", "logits", "value", "gradient", "curvature", "reference", "flat", "gamma"):
-            setattr(self, name, getattr(self, name)[mask])
-        for name in ("steps", "changes", "rho"):
-            setattr(self, name, getattr(self, name)[:, mask])
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            setattr(self, name, value[:, mask] if name in ("steps", "changes", "rho") else value[mask])
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).flatten(1).sum(1)
+    return torch.linalg.vecdot(a.flatten(1), b.flatten(1))
 
 
 def _norm(gradient: Tensor, inverse: Tensor) -> Tensor:
@@ -130,7 +130,8 @@ def minimise(
         objective.logits(theta[which], which),
         value[which],
         gradient[which],
-        curvature[which],
+        bound[which],
+        objective.preconditioner(curvature[which], which),
         reference[which],
         torch.zeros_like(which),
         torch.ones(a, dtype=torch.float64, device=theta.device),
@@ -139,33 +140,34 @@ def minimise(
         torch.zeros(_MEMORY, a, dtype=torch.float64, device=theta.device),
     )
     for iteration in range(max_iterations + 1):
-        size_now = _norm(work.gradient, objective.preconditioner(None, work.which))
-        direction, slope = _descent(objective, work, iteration)
+        size_now = _norm(work.gradient, work.bound)
+        direction, slope = _descent(work, iteration)
         # ½ gᵀH⁻¹g, with the H the method has learned so far, estimates how far F still is above its minimum.
         left = -0.5 * slope
         small = (size_now <= tolerance * work.reference) & (left <= _GAP * tolerance * work.value)
         done = small | (left <= 0.01 * objective.noise * work.value) | (work.flat >= _FLAT_ITERATIONS)
-        theta[work.which], value[work.which], norm[work.which] = work.theta, work.value, size_now
-        iterations[work.which] = iteration
-        converged[work.which] = done
-        if bool(done.any()):
-            work.keep(~done)
-            direction, slope = direction[~done], slope[~done]
-        if len(work.which) == 0 or iteration == max_iterations:
+        last = iteration == max_iterations
+        leaving = torch.ones_like(done) if last else done
+        if bool(leaving.any()):
+            out = work.which[leaving]
+            theta[out], value[out], norm[out] = work.theta[leaving], work.value[leaving], size_now[leaving]
+            iterations[out], converged[out] = iteration, done[leaving]
+            work.keep(~leaving)
+            direction, slope = direction[~leaving], slope[~leaving]
+        if len(work.which) == 0:
             break
         _step(objective, work, direction, slope, iteration)
     return Minimum(theta, value, iterations, norm / scale, converged)
 
 
-def _descent(objective: Objective, work: _Working, iteration: int) -> tuple[Tensor, Tensor]:
+def _descent(work: _Working, iteration: int) -> tuple[Tensor, Tensor]:
     """Direction ``[A, K, R]`` of every problem and its slope ``[A]``, at most 0."""
-    inverse = objective.preconditioner(work.curvature, work.which)
-    direction = _direction(work, inverse, iteration)
+    direction = _direction(work, iteration)
     slope = _dot(direction, work.gradient)
     uphill = ~(slope < 0)
     if bool(uphill.any()):
         work.rho[:, uphill] = 0.0
-        safe = -(objective.preconditioner(None, work.which) * work.gradient)
+        safe = -(work.bound * work.gradient)
         direction = torch.where(uphill[:, None, None], safe, direction)
         slope = _dot(direction, work.gradient)
     return direction, slope
@@ -179,15 +181,15 @@ def _step(objective: Objective, work: _Working, direction: Tensor, slope: Tensor
     work.logits = moved
     if (iteration + 1) % _REFRESH == 0:
         work.logits = objective.logits(work.theta, work.which)
-    gradient, work.curvature = objective.gradient(state, work.theta, work.which)
+    gradient, curvature = objective.gradient(state, work.theta, work.which)
     change = gradient - work.gradient
     product = _dot(step, change)
     good = product > 1e-12 * _dot(step, step).sqrt() * _dot(change, change).sqrt()
     slot = iteration % _MEMORY
     work.steps[slot], work.changes[slot] = step.flatten(1), change.flatten(1)
     work.rho[slot] = torch.where(good, 1.0 / product.where(good, 1.0), 0.0)
-    inverse = objective.preconditioner(work.curvature, work.which)
-    scaled = product / _dot(change * inverse, change).clamp_min(1e-300)
+    work.inverse = objective.preconditioner(curvature, work.which)
+    scaled = product / _dot(change * work.inverse, change).clamp_min(1e-300)
     work.gamma = torch.where(good, scaled.clamp(1e-3, 1e3), 1.0)
     stuck = length == 0
     # A step refused at every length came from a spoilt memory: forget it, and try the plain preconditioned gradient.
@@ -198,18 +200,18 @@ def _step(objective: Objective, work: _Working, direction: Tensor, slope: Tensor
     work.value, work.gradient = value, gradient
 
 
-def _direction(work: _Working, inverse: Tensor, iteration: int) -> Tensor:
+def _direction(work: _Working, iteration: int) -> Tensor:
     """Two-loop recursion; memory slots with ``rho`` 0 drop out by themselves."""
     q = work.gradient.flatten(1).clone()
     slots = [i % _MEMORY for i in range(max(0, iteration - _MEMORY), iteration)]
     alphas: dict[int, Tensor] = {}
     for slot in reversed(slots):
-        alphas[slot] = work.rho[slot] * (work.steps[slot] * q).sum(1)
-        q -= alphas[slot][:, None] * work.changes[slot]
-    r = work.gamma[:, None] * inverse.flatten(1) * q
+        alphas[slot] = (work.rho[slot] * torch.linalg.vecdot(work.steps[slot], q))[:, None]
+        q.addcmul_(alphas[slot], work.changes[slot], value=-1.0)
+    r = work.gamma[:, None] * work.inverse.flatten(1) * q
     for slot in slots:
-        beta = work.rho[slot] * (work.changes[slot] * r).sum(1)
-        r += (alphas[slot] - beta)[:, None] * work.steps[slot]
+        beta = (work.rho[slot] * torch.linalg.vecdot(work.changes[slot], r))[:, None]
+        r.addcmul_(alphas[slot] - beta, work.steps[slot])
     return -r.view_as(work.gradient)
 
 

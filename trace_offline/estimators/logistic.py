@@ -145,7 +145,9 @@ class LogisticProblems:
         weights = start.weights.double()
         rotated = torch.einsum("lskd,ldr->lskr", weights, self.basis)
         shifted = start.intercepts.double() + torch.einsum("lskd,ld->lsk", weights, self.mean)
-        shifted = torch.where(self.shares[None] > 0, shifted, ABSENT)
+        # A class may be absent here or may have been absent where the start was fit: then its share is the start.
+        known = shifted.where(shifted > 0.5 * ABSENT, self.shares[None].clamp_min(1e-300).log())
+        shifted = torch.where(self.shares[None] > 0, known, ABSENT)
         return torch.cat([rotated, shifted[..., None]], -1).flatten(0, 1)
 
     def _fit(
@@ -181,6 +183,7 @@ class _SoftmaxObjective(Objective):
         ridge = torch.ones(problems.data.shape[1], dtype=torch.float64, device=problems.device)
         ridge[-1] = 0.0
         self.ridge = ridge
+        self._last: tuple[Tensor, list[tuple[int, int, int]]] | None = None
 
     def null_start(self) -> Tensor:
         """W = 0, b = log share of each class: the optimum of the intercept-only model."""
@@ -191,9 +194,11 @@ class _SoftmaxObjective(Objective):
 
     def _slices(self, which: Tensor) -> list[tuple[int, int, int]]:
         """(layer, first, last) for the runs of ``which`` (ascending) that belong to one layer."""
-        layers, counts = torch.unique_consecutive(which // self.p.n_sets, return_counts=True)
-        ends = counts.cumsum(0).tolist()
-        return list(zip(layers.tolist(), [0, *ends[:-1]], ends, strict=True))
+        if self._last is None or self._last[0] is not which:
+            layers, counts = torch.unique_consecutive(which // self.p.n_sets, return_counts=True)
+            ends = counts.cumsum(0).tolist()
+            self._last = which, list(zip(layers.tolist(), [0, *ends[:-1]], ends, strict=True))
+        return self._last[1]
 
     def logits(self, theta: Tensor, which: Tensor) -> Tensor:
         p = self.p
@@ -213,7 +218,7 @@ class _SoftmaxObjective(Objective):
         p = self.p
         labels = p.labels[which % p.n_sets]
         residual = log_p.exp_()
-        curvature = (residual.sum(2, dtype=torch.float64) - residual.square().sum(2, dtype=torch.float64)) / p.n_rows
+        curvature = (residual.sum(2) - torch.linalg.vecdot(residual, residual)).double() / p.n_rows
         residual.scatter_add_(1, labels[:, None], residual.new_full((1, 1, 1), -1.0).expand(len(which), 1, p.n_rows))
         gradient = torch.empty_like(theta)
         for layer, first, last in self._slices(which):
