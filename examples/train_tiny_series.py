@@ -67,10 +67,12 @@ def encode(sentences: list[dict], tokenizer: PreTrainedTokenizerFast) -> torch.T
     return tokenizer(texts, padding="max_length", max_length=CONTEXT, return_tensors="pt")["input_ids"]
 
 
-def annotations(sentences: list[dict]):
-    """(row, task, start, end, label) for every word's part of speech and every argument's role; BOS shifts by one."""
+def annotations(sentences: list[dict], ids: torch.Tensor):
+    """(row, task, start, end, label) for the part of speech of every known word and the role of every argument."""
     for row, record in enumerate(sentences):
-        for position, (pos, role) in enumerate(zip(record["pos"], record["roles"], strict=True), start=1):
+        for position, (pos, role) in enumerate(zip(record["pos"], record["roles"], strict=True), start=1):  # after BOS
+            if ids[row, position] == UNK:
+                continue
             yield row, "pos", position, position + 1, pos
             if role is not None:
                 yield row, "role", position, position + 1, role
@@ -125,7 +127,7 @@ def train(given: argparse.Namespace) -> dict:
         given.output / "tiny_evaluation",
         held_out,
         held_out != PAD,
-        annotations=annotations(evaluation),
+        annotations=annotations(evaluation, held_out),
         name="tiny_evaluation",
         special_token_ids=(PAD, UNK, BOS, EOS),
         tokenizer=tokenizer,
