@@ -17,7 +17,7 @@ from trace_offline.activations.forward import Anatomy, run_pass
 from trace_offline.activations.hidden_table import HiddenStateTable, SentenceMeans
 from trace_offline.activations.losses import mean_loss, summed_loss
 from trace_offline.activations.model import ModelView
-from trace_offline.core.errors import EvaluationSetError, NotApplicable
+from trace_offline.core.errors import CheckpointError, EvaluationSetError, NotApplicable
 
 LENGTHS = (9, 5, 12, 12, 3, 7, 1)
 
@@ -176,6 +176,17 @@ def test_tokens_the_network_cannot_take_are_explained() -> None:
         run_pass(view("gpt2"), rows, {"a": Keep()})
 
 
+def test_a_network_called_otherwise_is_explained() -> None:
+    class Positional(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    with pytest.raises(
+        CheckpointError, match=r"Positional cannot be called as model\(input_ids=…, attention_mask=…\): .*inp"
+    ):
+        run_pass(unknown(Positional(), None), FakeSet(), {"a": Keep(hidden=False, logits=True)})
+
+
 def test_networks_can_be_differentiated_after_a_pass() -> None:
     model, rows = view("llama_gqa"), FakeSet()
     run_pass(model, rows, {"a": Keep()})
@@ -184,9 +195,10 @@ def test_networks_can_be_differentiated_after_a_pass() -> None:
 
 def test_losses_count_their_targets() -> None:
     model, rows = view("gpt2"), FakeSet()
-    total, count = summed_loss(model, rows.tokens(0, 7))
+    with torch.no_grad():
+        total, count = summed_loss(model, rows.tokens(0, 7))
+        parts = [summed_loss(model, rows.tokens(i, i + 1)) for i in range(7)]
     assert count == sum(LENGTHS) - len(LENGTHS)
-    parts = [summed_loss(model, rows.tokens(i, i + 1)) for i in range(7)]
     assert sum(n for _, n in parts) == count
     assert float(sum(part for part, _ in parts)) == pytest.approx(float(total), rel=1e-5)
     with pytest.raises(NotApplicable, match="none of these positions has a target"):
@@ -299,7 +311,7 @@ def test_tables_refuse_what_is_not_there(reference: Any) -> None:
         absent.finish()
     nothing = SentenceMeans([6, 1], [int(rows.ids[6, 0])])
     run_pass(model, rows, {"n": nothing})
-    with pytest.raises(EvaluationSetError, match="1 of 2 rows hold no token to average.*row 6"):
+    with pytest.raises(EvaluationSetError, match=r"1 of 2 rows hold no token to average.*row 6"):
         nothing.finish()
     empty = HiddenStateTable([], [], [])
     run_pass(model, rows, {"e": empty})

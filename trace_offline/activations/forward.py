@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from trace_offline.activations.batch import IGNORED, Collector, ForwardBatch
 from trace_offline.activations.model import ModelView, logits_of
-from trace_offline.core.errors import EvaluationSetError, NotApplicable, TraceOfflineError
+from trace_offline.core.errors import CheckpointError, EvaluationSetError, NotApplicable
 
 BATCH_TOKENS = 8192
 MEMORY_FLOATS = 64 * 2**20
@@ -98,7 +98,8 @@ def run_pass(
     cannot give is dropped with NotApplicable. The exceptions are returned by name (``on_error`` hears of each at once);
     the caller calls ``finish`` of the rest. ``on_batch`` is told rows done and rows in all.
 
-    Raises EvaluationSetError when the network cannot take the tokens (an id or a position it has no embedding for).
+    Raises EvaluationSetError when the network cannot take the tokens (an id or a position it has no embedding for),
+    CheckpointError when it does not take ``input_ids`` and ``attention_mask``.
     """
     dropped: dict[str, Exception] = {}
     active = dict(collectors)
@@ -210,13 +211,18 @@ def _call(model: ModelView, input_ids: Tensor, attention_mask: Tensor) -> object
         return model.module(input_ids=input_ids, attention_mask=attention_mask)
     except _Reached:
         return None
-    except TraceOfflineError:
-        raise
     except IndexError as error:
         raise EvaluationSetError(
             f"{type(model.module).__name__} has no embedding for a token or a position of the evaluation set: it holds "
             f"token ids up to {int(input_ids.max())} and {input_ids.shape[1]} positions ({error}). Build the "
             "evaluation set with this model's own tokenizer and within its context length."
+        ) from error
+    except TypeError as error:
+        if "keyword argument" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{type(model.module).__name__} cannot be called as model(input_ids=…, attention_mask=…): {error}. A model "
+            "factory must return a module that takes these two and returns logits, or an object with .logits."
         ) from error
 
 

@@ -71,16 +71,19 @@ class ModelCache:
         places = _places(view.module)
         unique = {id(tensor) for tensor in places.values()}
         seen: set[int] = set()
+        layout = _layout(files)
+        if not layout.keys() <= places.keys():  # renamed: told from the names alone, before any tensor is read
+            return False
         for name, tensor in _tensors(files):
-            place = places.get(name)
-            if place is None or id(place) in seen or not _same_bits(place, tensor):
+            place = places[name]
+            if id(place) in seen or not _same_bits(place, tensor):
                 return False
             seen.add(id(place))
         if seen != unique:
             return False
         owned = {id(place) for place in places.values()}
         buffers = {name: buffer.clone() for name, buffer in view.module.named_buffers() if id(buffer) not in owned}
-        self._kept = _Kept(identity, _layout(files), view.module, places, buffers, view.notes, weakref.ref(view))
+        self._kept = _Kept(identity, layout, view.module, places, buffers, view.notes, weakref.ref(view))
         return True
 
 
