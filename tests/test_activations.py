@@ -324,3 +324,19 @@ def test_gathered_tables_can_be_fitted_with_gradients(reference: Any) -> None:
     run_pass(model, rows, {"t": table})
     probe = nn.Linear(tiny_models.WIDTH, 2)
     probe(table.finish()).sum().backward()
+
+
+def test_blocks_are_found_without_what_transformers_declares(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import PreTrainedModel
+
+    declared = {name: find_blocks(build()) for name, build in tiny_models.ARCHITECTURES.items()}
+    monkeypatch.setattr(PreTrainedModel, "_can_record_outputs", None, raising=False)
+    for name, build in tiny_models.ARCHITECTURES.items():
+        module = build()
+        monkeypatch.setattr(type(module), "_can_record_outputs", None, raising=False)
+        monkeypatch.setattr(type(module.base_model), "_can_record_outputs", None, raising=False)
+        assert getattr(module, "_can_record_outputs", None) is None
+        found, before = find_blocks(module), declared[name]
+        assert found is not None
+        assert before is not None
+        assert [type(block) for block in found] == [type(block) for block in before], name
