@@ -209,3 +209,30 @@ def test_hash_of_a_tokenizer_object_is_that_of_the_saved_checkpoint(tmp_path: Pa
     folder = save_evaluation_set(tmp_path / "e", [[1, 2, 3]], tokenizer=tokenizer)
     checkpoint = save_checkpoint(Tied(), tmp_path, 0, tokenizer=tokenizer)
     assert EvaluationSet.load(folder).tokenizer_hash == tokenizer_hash(checkpoint)
+
+
+def test_callback_of_the_trainer(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="the Trainer of transformers needs accelerate")
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+    from trace_offline.recording import RecordingCallback
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    untrained = model.transformer.wte.weight.detach().clone()
+    rows = [{"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}] * 4
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, save_steps=1, report_to=[], use_cpu=True, learning_rate=1e-2
+    )
+    callback = RecordingCallback([[1, 2, 3]], annotations=[(0, "pos", 1, 2, "N")], name="fixed")
+    Trainer(model, arguments, train_dataset=rows, callbacks=[callback]).train()
+    assert EvaluationSet.load(tmp_path / "evaluation_set").name == "fixed"
+    for step in (0, 1, 2):
+        record = json.loads((tmp_path / f"checkpoint-{step}" / "trace_offline.json").read_text())
+        assert record["step"] == step
+        assert (tmp_path / f"checkpoint-{step}" / "trainer_state.json").exists()
+
+    def embedding(step: int) -> torch.Tensor:
+        return load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors")["transformer.wte.weight"]
+
+    assert torch.equal(embedding(0), untrained)
+    assert not torch.equal(embedding(2), untrained)
