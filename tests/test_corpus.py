@@ -145,6 +145,24 @@ def test_roles_are_those_of_the_frames(corpus: list[AnnotatedSentence]) -> None:
         assert all(role is None for role, tag in zip(sentence.roles, sentence.pos, strict=True) if tag != "NOUN")
 
 
+def test_lemmas_and_number_are_those_of_the_word_forms(corpus: list[AnnotatedSentence]) -> None:
+    nouns, verbs = set(LEXICON.nouns), {stem for stems in LEXICON.verbs.values() for stem in stems}
+    for sentence in corpus[:3000]:
+        for word, tag, lemma, plural in zip(
+            sentence.words, sentence.pos, sentence.lemmas, sentence.plural, strict=True
+        ):
+            if tag == "NOUN":
+                assert lemma in nouns
+                assert (word, plural) in ((lemma, False), (lemma + "s", True))
+            elif tag == "VERB":
+                assert lemma in verbs
+                assert (word, plural) in ((lemma, True), (lemma + "s", False), (lemma + "ed", None))
+            elif tag == "AUX":
+                assert (word, lemma, plural) in (("is", "be", False), ("are", "be", True))
+            else:
+                assert (lemma, plural) == (word, None)
+
+
 def test_determiners_agree_and_every_noun_has_one(corpus: list[AnnotatedSentence]) -> None:
     for sentence in corpus:
         determiner = None
