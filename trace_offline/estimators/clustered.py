@@ -93,9 +93,11 @@ def jackknife(sums: Floats, statistic: Callable[[Floats], Floats]) -> Estimate:
     value = float(statistic(total)) if len(sums) else math.nan
     if not math.isfinite(value):
         return Estimate(None, None)
+    groups = len(sums)
+    if groups < 2:
+        return Estimate(value, None)
     replicates = np.asarray(statistic(total[None] - sums), dtype=np.float64)
-    groups = len(replicates)
-    if groups < 2 or not np.isfinite(replicates).all():
+    if not np.isfinite(replicates).all():
         return Estimate(value, None)
     spread = replicates - replicates.mean()
     return Estimate(value, math.sqrt((groups - 1) / groups * float(spread @ spread)))
