@@ -140,7 +140,8 @@ class Quadrature:
         """
         low, high = self.span
         width = high - low
-        sigma = broadening * (width or self.scale or 1.0)
+        # Points that differ by rounding only are one point.
+        sigma = broadening * (width if width > 1e-6 * self.scale else self.scale or 1.0)
         grid = np.linspace(low - 6 * sigma, high + 6 * sigma, points)
         if points < 2 or grid[1] - grid[0] > sigma:
             needed = int(np.ceil((width + 12 * sigma) / sigma)) + 1
