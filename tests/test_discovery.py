@@ -208,7 +208,9 @@ def test_two_runs_are_not_mixed(tmp_path: Path) -> None:
 
 
 def test_stage_that_counts_anew(tmp_path: Path) -> None:
-    for index, name in enumerate(("stage1-step1000-tokens4B", "stage1-step3000-tokens9B", "stage2-ingredient1-step2000")):
+    for index, name in enumerate(
+        ("stage1-step1000-tokens4B", "stage1-step3000-tokens9B", "stage2-ingredient1-step2000")
+    ):
         hf_folder(tmp_path / name, index)
     found = find(aged(tmp_path))
     assert [(item.step, item.stage, item.state.value) for item in found] == [
@@ -271,7 +273,7 @@ def test_nothing_to_find(tmp_path: Path) -> None:
         find(tmp_path / "a.cvs")
     with pytest.raises(CheckpointError, match="write hf://EleutherAI/pythia-70m"):
         discover("EleutherAI/pythia-70m")
-    with pytest.raises(CheckpointError, match='no layout "hf_trainr". Did you mean "hf_trainer"'):
+    with pytest.raises(CheckpointError, match=r'no layout "hf_trainr"\. Did you mean "hf_trainer"'):
         find(tmp_path, layout="hf_trainr")
 
 

@@ -53,6 +53,8 @@ NO_STEP = [
     "2024-01-15",
     "hf_bf16",
     "stage2",
+    "v1.0",
+    "release-1.2.3",
     "tokens_100M",
     "epoch_0.5",
     "empty_0_tensors.safetensors",
@@ -105,7 +107,9 @@ def test_bare_numbers_do_not_count_in_ancestors() -> None:
     assert parse_name("step500", bare_numbers=False).step == 500
 
 
-@given(st.integers(0, 10**15), st.integers(0, 12), st.sampled_from(["step{}", "checkpoint-{}", "global_step{}", "iter_{}"]))
+@given(
+    st.integers(0, 10**15), st.integers(0, 12), st.sampled_from(["step{}", "checkpoint-{}", "global_step{}", "iter_{}"])
+)
 def test_any_padding_gives_the_number(step: int, width: int, pattern: str) -> None:
     assert parse_name(pattern.format(str(step).zfill(width))).step == step
     assert parse_name(f"epoch=2-step={step}.ckpt").step == step

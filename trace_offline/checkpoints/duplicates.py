@@ -1,6 +1,6 @@
 """Checkpoints that hold the same weights: published series are known to serve one set of weights under many steps.
 
-Cheap first: files of equal size and header are compared in a few sampled blocks; only those that agree are read whole.
+Cheap first: files of equal size are compared in a few sampled blocks; only those that agree are read whole.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from trace_offline.checkpoints.fingerprint import Cache, fingerprint, weights_digest
-from trace_offline.checkpoints.safetensors_header import read_header
 from trace_offline.core.errors import CheckpointError
 from trace_offline.core.hashing import digest
 from trace_offline.core.types import Checkpoint, CheckpointState
@@ -67,26 +66,23 @@ def _groups(members: Iterable[int], key: Callable[[int], str]) -> list[list[int]
 
 
 def _sample(path: str) -> str:
-    """Digest of size, header layout and sampled blocks; blind to the metadata block of safetensors."""
-    size = os.path.getsize(path)
-    start, layout = 0, ""
-    if path.endswith(".safetensors"):
-        header = read_header(path)
-        start, layout = header.data_start, header.layout_digest
-        size -= start
-    elif (records := _archive_start(path)) is not None:
+    """Digest of the data's size and sampled blocks; blind to the header of safetensors, where metadata may differ."""
+    safetensors = path.endswith(".safetensors")
+    if not safetensors and (records := _archive_checksums(path)) is not None:
         return records
     parts: list[bytes] = []
-    with open(path, "rb") as stream:
+    with open(path, "rb", buffering=0) as stream:
+        start = 8 + int.from_bytes(stream.read(8), "little") if safetensors else 0
+        size = os.fstat(stream.fileno()).st_size - start
         for index in range(_SAMPLES):
             stream.seek(start + (size - _SAMPLE_BYTES) * index // (_SAMPLES - 1) if size > _SAMPLE_BYTES else start)
             parts.append(stream.read(_SAMPLE_BYTES))
             if size <= _SAMPLE_BYTES:
                 break
-    return digest(str(size), layout, *parts)
+    return digest(str(size), *parts)
 
 
-def _archive_start(path: str) -> str | None:
+def _archive_checksums(path: str) -> str | None:
     """Torch archives carry a checksum of every record in their directory: no data needs to be read to compare them."""
     try:
         with zipfile.ZipFile(path) as archive:

@@ -325,7 +325,9 @@ def _download(
             "asked (offline): connect and run again."
         )
     where = endpoint_url(endpoint)
-    names = HfApi(endpoint=where, token=token).list_repo_files(repo, revision=commit)
+    # Unlike a listing of the tree, this answers at once when there is no connection (no retries with pauses).
+    info = HfApi(endpoint=where, token=token).model_info(repo, revision=commit)
+    names = [entry.rfilename for entry in info.siblings or []]
     snapshot_download(
         repo,
         revision=commit,

@@ -32,7 +32,7 @@ _LEADING = re.compile(r"(\d{1,18})[-_](?!of[-_])")
 _TRAILING = re.compile(r"(?:[-_.=]|^(?:model|weights?|params|net|network|snapshot|state))(\d{1,18})$")
 # Numbers that never order a series: run versions, ranks, shards, dates, metric values, seeds, stages.
 _NOISE = re.compile(
-    r"\d{4}-\d{2}-\d{2}|\d{5}-of-\d{5}|(?<![a-z])(?:version|rank|seed|stage|ingredient|gpu|node|part|run|v)[-_=]?\d+"
+    r"(?<![a-z0-9])v?\d+(?:\.\d+)+|\d{4}-\d{2}-\d{2}|\d{5}-of-\d{5}|(?<![a-z])(?:version|rank|seed|stage|ingredient|gpu|node|part|run|v)[-_=]?\d+"
     r"|(?:loss|acc|accuracy|ppl|perplexity|metric|score|f1|bleu|lr|mse)[-_=]?-?\d+(?:\.\d+)?(?:e-?\d+)?"
 )
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from trace_offline.core.errors import CheckpointError
@@ -17,6 +19,7 @@ from trace_offline.core.hashing import canonical_json, digest
 
 MAX_HEADER = 100_000_000
 """The largest header the safetensors library accepts; anything above is not a header."""
+_CACHED_HEADER = 4_000_000
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
@@ -34,24 +37,16 @@ class TensorEntry:
     end: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SafetensorsHeader:
-    """The tensors of one file and where its data begins."""
+    """The tensors of one file and where its data begins.
 
-    tensors: dict[str, TensorEntry]
+    ``layout_digest``: of names, types and shapes; equal for checkpoints of one architecture, blind to metadata.
+    """
+
+    tensors: Mapping[str, TensorEntry]
     data_start: int
-    file_size: int
-
-    @cached_property
-    def layout_digest(self) -> str:
-        """Digest of names, types and shapes: equal for checkpoints of one architecture; ignores metadata and order."""
-        listed = {name: [entry.dtype, list(entry.shape)] for name, entry in self.tensors.items()}
-        return digest(canonical_json(listed))
-
-    @property
-    def data_size(self) -> int:
-        """Bytes of tensor data that the header promises."""
-        return max((entry.end for entry in self.tensors.values()), default=0)
+    layout_digest: str
 
 
 class TruncatedError(CheckpointError):
@@ -77,6 +72,18 @@ def read_header(path: Path | str) -> SafetensorsHeader:
         if 8 + length > size:
             raise TruncatedError(f"the safetensors header alone needs {8 + length} bytes, the file has {size}")
         text = stream.read(length)
+    # The checkpoints of a run have the same header, byte for byte, so it is parsed once.
+    tensors, data_size, layout = _parse_cached(text) if length <= _CACHED_HEADER else _parse(text)
+    promised = 8 + length + data_size
+    if size < promised:
+        raise TruncatedError(f"the header promises {promised} bytes, the file has {size}")
+    if size > promised:
+        raise CheckpointError(f"the header describes {promised} bytes, the file has {size}: extra bytes")
+    return SafetensorsHeader(tensors=tensors, data_start=8 + length, layout_digest=layout)
+
+
+def _parse(text: bytes) -> tuple[Mapping[str, TensorEntry], int, str]:
+    """The tensors, the bytes of data they cover without a gap, and the digest of their layout."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -84,9 +91,11 @@ def read_header(path: Path | str) -> SafetensorsHeader:
     if not isinstance(content, dict):
         raise CheckpointError("the safetensors header is no JSON object")
     tensors = {name: _entry(name, value) for name, value in content.items() if name != "__metadata__"}
-    header = SafetensorsHeader(tensors=tensors, data_start=8 + length, file_size=size)
-    _check_cover(header)
-    return header
+    listed = {name: [entry.dtype, list(entry.shape)] for name, entry in tensors.items()}
+    return MappingProxyType(tensors), _covered(tensors), digest(canonical_json(listed))
+
+
+_parse_cached = lru_cache(maxsize=16)(_parse)
 
 
 def _entry(name: str, value: Any) -> TensorEntry:
@@ -109,14 +118,10 @@ def _entry(name: str, value: Any) -> TensorEntry:
     return TensorEntry(dtype, shape, begin, end)
 
 
-def _check_cover(header: SafetensorsHeader) -> None:
+def _covered(tensors: Mapping[str, TensorEntry]) -> int:
     position = 0
-    for entry in sorted(header.tensors.values(), key=lambda item: (item.begin, item.end)):
+    for entry in sorted(tensors.values(), key=lambda item: (item.begin, item.end)):
         if entry.begin != position:
             raise CheckpointError(f"the tensors leave a gap or overlap at byte {position} of the data")
         position = entry.end
-    promised = header.data_start + position
-    if header.file_size < promised:
-        raise TruncatedError(f"the header promises {promised} bytes, the file has {header.file_size}")
-    if header.file_size > promised:
-        raise CheckpointError(f"the header describes {promised} bytes, the file has {header.file_size}: extra bytes")
+    return position

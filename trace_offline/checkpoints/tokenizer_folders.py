@@ -24,6 +24,7 @@ class TokenizerFinder:
 
     def __init__(self) -> None:
         self._known: dict[Path, bool] = {}
+        self._above: dict[Path, str | None] = {}
 
     def find(self, folder: Path, names: Collection[str] | None = None) -> str | None:
         """Folder with tokenizer files for weights in ``folder`` (whose file names may be given), or None."""
@@ -31,7 +32,13 @@ class TokenizerFinder:
             self._known[folder] = has_tokenizer(names)
         if self._has(folder):
             return str(folder)
-        for above in list(folder.parents)[:_LEVELS_UP]:
+        parent = folder.parent
+        if parent not in self._above:
+            self._above[parent] = self._search_from(parent)
+        return self._above[parent]
+
+    def _search_from(self, parent: Path) -> str | None:
+        for above in (parent, *parent.parents)[:_LEVELS_UP]:
             for candidate in (above, *(above / name for name in _SIBLINGS)):
                 if self._has(candidate):
                     return str(candidate)

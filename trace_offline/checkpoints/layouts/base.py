@@ -18,7 +18,8 @@ from trace_offline.core.types import Checkpoint, CheckpointState
 SIDECAR = "trace_offline.json"
 """Optional file beside the weights: ``{"step": …, "tokens_seen": …, "stage": …, "epoch": …}``; it wins over names."""
 _WHOLE_FILE = 1 << 16
-_ENDS = 1 << 13
+_ENDS = 1 << 12
+_JSON_NUMBER = re.compile(r"\d+(?:\.\d+)?(?:[eE][-+]?\d+)?(?=[,\s}])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,13 @@ class Search:
     root: Path
     clock: Clock
     tokenizers: TokenizerFinder = field(default_factory=TokenizerFinder)
+    trainer_runs: dict[Path, bool] = field(default_factory=dict)
+
+    def is_trainer_run(self, run: Path) -> bool:
+        """Has any checkpoint-N folder of this run a trainer_state.json? Looked up once a run."""
+        if run not in self.trainer_runs:
+            self.trainer_runs[run] = any(True for _ in run.glob("checkpoint-*/trainer_state.json"))
+        return self.trainer_runs[run]
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +192,7 @@ def read_trainer_state(path: Path) -> dict[str, Any] | None:
             if size <= _WHOLE_FILE:
                 content = json.loads(stream.read())
                 return content if isinstance(content, dict) else None
-            head = stream.read(_ENDS).decode("utf-8", "replace").split('"log_history"')[0]
+            head = stream.read(_ENDS).decode("utf-8", "replace").partition('"log_history"')[0]
             stream.seek(size - _ENDS)
             tail = stream.read().decode("utf-8", "replace")
     except (OSError, ValueError):
@@ -192,11 +200,12 @@ def read_trainer_state(path: Path) -> dict[str, Any] | None:
     if not tail.rstrip().endswith("}"):
         return None
     facts: dict[str, Any] = {}
-    for key, kind in (("epoch", float), ("global_step", int), ("max_steps", int), ("num_input_tokens_seen", int)):
+    for text, key, kind in ((head, "epoch", float), (head, "global_step", int), (tail, "num_input_tokens_seen", int)):
         # Two spaces of indent: a key of the state itself, not of an entry of its log.
-        found = re.search(rf'^  "{key}": ([-+.\deE]+),?$', head + "\n" + tail, re.MULTILINE)
-        if found:
-            facts[key] = kind(found[1])
+        _, found, rest = text.rpartition(f'\n  "{key}": ')
+        number = _JSON_NUMBER.match(rest) if found else None
+        if number:
+            facts[key] = kind(number[0])
     return facts
 
 

@@ -106,16 +106,12 @@ def _trainer_unfinished(
                 f"{what} and files changed {ago} s ago: it is still being saved; look again later.",
             )
         return State.PARTIAL, f"{what}: the save was interrupted, so the weights may belong to no single step."
-    if recent and _TRAINER_FOLDER.fullmatch(listing.path.name) and _a_sibling_has_state(listing.path):
+    if recent and _TRAINER_FOLDER.fullmatch(listing.path.name) and search.is_trainer_run(listing.path.parent):
         return State.BEING_WRITTEN, (
             f"{_STATE} is missing, the other checkpoints of this run have one, and files changed moments ago: "
             "it is still being saved; look again later."
         )
     return None
-
-
-def _a_sibling_has_state(path: Path) -> bool:
-    return any(True for _ in path.parent.glob(f"checkpoint-*/{_STATE}"))
 
 
 def _without_weights(
