@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,34 @@ def shared_data(*parts: str) -> Path:
 def stories_model() -> Path:
     """The trained 260k-parameter English model in Hugging Face format."""
     return shared_data("stories260K_hf")
+
+
+@dataclass(frozen=True)
+class SmallSeries:
+    """A folder of tiny checkpoints (steps 0, 1, 2 and 4, the last two with equal weights) and its evaluation set."""
+
+    run: Path
+    evaluation: Path
+
+
+@pytest.fixture(scope="session")
+def small_series(tmp_path_factory: pytest.TempPathFactory) -> SmallSeries:
+    """Four GPT-NeoX checkpoints of a few thousand parameters on 40 annotated sequences."""
+    import torch
+    from tiny_models import gpt_neox
+
+    from trace_offline.recording import save_checkpoint, save_evaluation_set
+
+    root = tmp_path_factory.mktemp("series")
+    model = gpt_neox()
+    generator = torch.Generator().manual_seed(0)
+    for step in (0, 1, 2, 4):
+        if step in (1, 2):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        save_checkpoint(model, root / "run", step, tokens_seen=1000 * step)
+    ids = torch.randint(3, model.config.vocab_size, (40, 14), generator=generator)
+    words = [(row, "parity", t, t + 1, "odd" if ids[row, t] % 2 else "even") for row in range(40) for t in range(14)]
+    save_evaluation_set(root / "evaluation", ids, annotations=words, name="small")
+    return SmallSeries(root / "run", root / "evaluation")

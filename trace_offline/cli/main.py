@@ -201,3 +201,7 @@ def main() -> None:
         # The reader of our output (head, less) went away.
         sys.stderr.close()
         sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

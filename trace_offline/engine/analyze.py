@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_offline.analyzers.registry import registry
-from trace_offline.checkpoints.discover import discover
+from trace_offline.checkpoints.discover import discover, select
 from trace_offline.core.errors import CheckpointError, UsageError
 from trace_offline.core.types import AnalysisStatus, Checkpoint, Outcome
 from trace_offline.engine.executors import run_inline, run_joblib
@@ -104,7 +104,7 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None) -> Summar
 
 
 def _choose(found: list[Checkpoint], options: AnalyzeOptions) -> list[Checkpoint]:
-    usable = [item for item in found if item.state.analyzable]
+    usable = select(found)
     if not usable:
         reasons = "; ".join(f"{item.location}: {item.state.value}: {item.reason}" for item in found[:5])
         raise CheckpointError(f"No checkpoint in {options.source} can be analyzed. Found {len(found)}: {reasons}")
