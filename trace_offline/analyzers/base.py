@@ -11,6 +11,8 @@ from trace_offline.core.params import Params
 from trace_offline.core.types import Result
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from trace_offline.activations.batch import Collector
     from trace_offline.activations.model import ModelView
     from trace_offline.evaluation.evaluation_set import EvaluationSet
@@ -86,3 +88,70 @@ class Analyzer:
     def measure(self, context: Context) -> Iterator[Result]:
         """Yield measurements, arrays and artifacts; called after the pass, ``context.collected`` is filled."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Extract:
+    """What a series analyzer kept of one checkpoint: named arrays, read lazily from a file.
+
+    ``position``: place in the series from 0. ``load(name)`` returns one array as a CPU tensor; nothing is cached, so
+    that comparing a long series holds two checkpoints in memory, not all.
+    """
+
+    position: int
+    step: int | None
+    path: str
+
+    def load(self, name: str) -> Tensor:
+        """One array by its name. Raises KeyError when ``extract`` gave none of that name."""
+        from safetensors import safe_open
+
+        with safe_open(self.path, framework="pt") as stream:
+            if name not in stream.keys():  # noqa: SIM118 - a safetensors handle is no dict
+                raise KeyError(name)
+            return stream.get_tensor(name)
+
+    def names(self) -> tuple[str, ...]:
+        """Names of the arrays there are."""
+        from safetensors import safe_open
+
+        with safe_open(self.path, framework="pt") as stream:
+            return tuple(stream.keys())
+
+
+@dataclass
+class SeriesContext:
+    """What a series analyzer may look at when it compares: the extracts in order of training, one per checkpoint.
+
+    ``evaluation``, ``params``, ``seed``: as in ``Context``. A series may be short: one checkpoint is its own start and
+    end and has no previous one.
+    """
+
+    extracts: tuple[Extract, ...]
+    evaluation: EvaluationSet
+    params: Any
+    seed: int
+
+
+class SeriesAnalyzer(Analyzer):
+    """A measurement that compares checkpoints of a run, in two stages.
+
+    ``extract`` sees one loaded checkpoint (after the shared pass, like ``measure``) and returns the arrays that the
+    comparison needs: keep them small (sampled positions, a few vectors). They are kept beside the store, so that a
+    longer series or other comparisons never load a model again. ``compare`` sees all extracts and yields, for each
+    position of the series, what belongs to that checkpoint.
+    """
+
+    scope: ClassVar[Scope] = Scope.SERIES
+
+    def extract(self, context: Context) -> Mapping[str, Tensor]:
+        """Arrays of one checkpoint, by name. May raise NotApplicable."""
+        raise NotImplementedError
+
+    def compare(self, series: SeriesContext) -> Iterator[tuple[int, Result]]:
+        """Yield ``(position, measurement or array)`` for the checkpoint at that position."""
+        raise NotImplementedError
+
+    def extract_params(self, params: Any) -> Mapping[str, Any]:
+        """The parameters that change what ``extract`` returns; the others cause a new comparison only."""
+        return dict(params.model_dump(mode="json"))
