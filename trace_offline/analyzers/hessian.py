@@ -79,7 +79,7 @@ class HessianAnalyzer(Analyzer):
             1e-3,
             ge=1e-12,
             le=0.1,
-            description="relative accuracy of each eigenvalue (of those below 1 % of the largest: of that 1 %)",
+            description="relative accuracy of each eigenvalue; below 1 % of the largest (smallest: 10 %), of that",
         )
         max_steps: int = Field(
             150, ge=1, le=5000, description="most products for the eigenvalues; the basis holds as many vectors"

@@ -2,144 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trace_offline.estimators.hvp import NonFiniteError
-from trace_offline.estimators.operators import SymmetricOperator, orthogonalize, standard_normal
+from trace_offline.estimators.krylov import Floats, Krylov
+from trace_offline.estimators.operators import SymmetricOperator
 
-Floats = NDArray[np.float64]
+# An eigenvalue below this share of the largest |λ| is wanted only to the accuracy of one at this share: relative
+# accuracy of numbers that are zero beside the largest cannot be had. At the lower end the share is larger, because late
+# in training the smallest eigenvalue is the edge of a bulk near 0, on which most of the products would be spent.
+_SMALL_LARGEST = 0.01
+_SMALL_SMALLEST = 0.1
 
-# An eigenvalue smaller than this share of the largest is wanted only to the accuracy of one at this share: relative
-# accuracy of numbers that are zero beside the largest one cannot be had, nor does anybody need it.
-_SMALL = 0.01
-
-
-class Krylov:
-    """An orthonormal Krylov basis of an operator, grown by one product at a time.
-
-    ``H Q_m = Q_m T_m + β_m q_{m+1} e_mᵀ`` with ``T_m`` tridiagonal (Golub & Van Loan, Matrix Computations, 10.1). Each
-    new vector is orthogonalised twice against all earlier ones; without that, converged eigenvalues come back as
-    copies of themselves. When the space is exhausted (β ≈ 0) the basis holds an invariant subspace and can go on with a
-    fresh random vector: ``T`` then falls into blocks.
-
-    Args:
-        operator: the symmetric operator.
-        capacity: most vectors the basis may hold; ``capacity + 1`` vectors ``[n]`` are allocated at once.
-        breakdown: β below this share of the largest |entry| of T (and of ``scale``) counts as zero.
-        deflated: ``[d, n]`` orthonormal rows, or None; the operator becomes ``P H P`` with ``P = I − Σ q qᵀ``.
-        scale: size of the deflated part: beside a large eigenvalue taken out, what is left may be rounding only.
-
-    """
-
-    def __init__(
-        self,
-        operator: SymmetricOperator,
-        capacity: int,
-        *,
-        breakdown: float,
-        deflated: Tensor | None = None,
-        scale: float = 0.0,
-    ) -> None:
-        self.operator = operator
-        self.deflated = deflated
-        self.dimension = operator.n - (0 if deflated is None else len(deflated))
-        self.capacity = min(capacity, self.dimension)
-        self._breakdown = breakdown
-        self._basis = torch.empty(self.capacity + 1, operator.n, dtype=operator.dtype, device=operator.device)
-        self.alphas: list[float] = []
-        self.betas: list[float] = []
-        self.block_starts: list[int] = []
-        self.scale = scale
-        self.noise = 0.0
-
-    @property
-    def size(self) -> int:
-        """Vectors that have been multiplied: the order m of ``T``."""
-        return len(self.alphas)
-
-    @property
-    def basis(self) -> Tensor:
-        """``[m, n]``, orthonormal rows."""
-        return self._basis[: self.size]
-
-    @property
-    def full(self) -> bool:
-        """Whether no further product can be taken: memory used up, or the whole space spanned."""
-        return self.size >= self.capacity
-
-    def begin(self, generator: torch.Generator) -> None:
-        """Start a block: a random direction, uniform on the sphere of what is not spanned yet."""
-        for _ in range(8):
-            vector = orthogonalize(standard_normal(self.operator, generator), self.deflated, self.basis)
-            norm = float(torch.linalg.vector_norm(vector))
-            if norm > 0:
-                # In a complement of few dimensions little is left of the vector, and rounding of the removed part
-                # weighs more: normalise, then orthogonalise once more.
-                vector = orthogonalize(vector / norm, self.deflated, self.basis)
-                self._basis[self.size] = vector / torch.linalg.vector_norm(vector)
-                self.block_starts.append(self.size)
-                return
-        raise RuntimeError("no direction is left outside the Krylov space")
-
-    def step(self) -> bool:
-        """Take one product. False when it closed the space (β ≈ 0): call ``begin`` before the next step.
-
-        Raises:
-            NonFiniteError: the product is NaN or infinite.
-
-        """
-        place = self.size
-        vector = self._basis[place]
-        image = self.operator.product(vector)
-        # First pass of the orthogonalisation, kept apart to look at its coefficients.
-        spanned = self._basis[: place + 1]
-        along = spanned @ orthogonalize(image, self.deflated, passes=1)
-        rest = torch.addmv(image, spanned.T, along, alpha=-1.0)
-        rest = orthogonalize(rest, self.deflated, spanned)
-        coefficients = along.double().cpu().numpy()
-        alpha = float(coefficients[-1])
-        beta = float(torch.linalg.vector_norm(rest))
-        if not (np.isfinite(alpha) and np.isfinite(beta)):
-            raise NonFiniteError(f"a Hessian-vector product is not finite (step {place + 1} of Lanczos)")
-        # Exact products of a symmetric matrix have zeros here, and β before; what is found instead is rounding.
-        if place:
-            coefficients[-2] -= self.betas[-1]
-        self.noise = max(self.noise, float(np.linalg.norm(coefficients[:-1])))
-        self.alphas.append(alpha)
-        self.scale = max(self.scale, abs(alpha), beta)
-        closed = beta <= self._breakdown * self.scale or self.size == self.dimension
-        self.betas.append(0.0 if closed else beta)
-        if not closed:
-            self._basis[place + 1] = rest / beta
-        return not closed
-
-    def ritz(self, block: int = -1) -> tuple[Floats, Floats, Floats]:
-        """Eigenvalues ``[b]`` (ascending), eigenvectors ``[b, b]`` (columns), residuals ``[b]`` of a block of T.
-
-        The residual of a Ritz pair is ``‖H y − θ y‖ = β_m |s_m|``, s its eigenvector of T: no product needed. The
-        rounding of the products, as seen in how far ``QᵀHQ`` is from tridiagonal, is added in quadrature.
-        """
-        start, stop = self.block_range(block)
-        off = np.asarray(self.betas[start : stop - 1])
-        matrix = np.diag(np.asarray(self.alphas[start:stop])) + np.diag(off, 1) + np.diag(off, -1)
-        values, vectors = np.linalg.eigh(matrix)
-        return values, vectors, np.hypot(self.betas[stop - 1] * np.abs(vectors[-1]), self.noise)
-
-    def block_range(self, block: int) -> tuple[int, int]:
-        """First and last-plus-one basis index of a block."""
-        starts = [*[s for s in self.block_starts if s < self.size], self.size]
-        index = block if block >= 0 else len(starts) - 1 + block
-        return starts[index], starts[index + 1]
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of ``T`` with at least one product."""
-        return sum(start < self.size for start in self.block_starts)
+# Steps, per ln n, that a search for missed copies takes at least: 11 for n = 200, 24 for n = 250,000.
+_STEPS_PER_LOG = 1.85
 
 
 @dataclass(frozen=True)
@@ -209,11 +89,13 @@ def extreme_eigenpairs(
 
     Single-vector Lanczos with full re-orthogonalisation (Golub & Van Loan 10.1; Parlett, The Symmetric Eigenvalue
     Problem, 1980). It stops when the estimated error ``min(ρ, ρ²/gap)`` (Parlett, theorem 11.7.1) of every wanted
-    eigenvalue is at most ``tolerance · max(|λ|, 0.01 max|λ|)`` and every residual at most ``√tolerance · max|λ|``.
-    A single vector sees one direction of each eigenspace; when its Krylov space closes, a new random vector continues
-    in the complement until nothing above (below) the wanted values comes out of it, so exact multiplicities of
-    low-rank and degenerate matrices are counted. Copies hidden in a rich spectrum show as Ritz values above the
-    wanted ones in a later run in the complement of the found pairs: pass them as ``locked`` to go on from there.
+    eigenvalue is at most ``tolerance · max(|λ|, c max|λ|)``, c = 0.01 at the upper end and 0.1 at the lower, and every
+    residual at most ``√tolerance · max|λ|``.
+
+    A single vector sees one direction of each eigenspace. When its Krylov space closes, a new random vector continues
+    in the complement until nothing beyond the wanted values comes out of it, so the multiplicities of low-rank and
+    degenerate matrices are counted. Copies hidden in a rich spectrum show only in a later run in the complement of the
+    found pairs: pass those as ``locked`` to look for them.
 
     Args:
         operator: n, dtype, device, product.
@@ -238,51 +120,103 @@ def extreme_eigenpairs(
             f"largest={largest}, smallest={smallest}, max_steps={max_steps}, tolerance={tolerance}, n={operator.n}"
         )
     before = operator.products
-    threshold = max(100 * torch.finfo(operator.dtype).eps, 1e-3 * tolerance)
-    held = None if locked is None else locked.vectors
-    scale = 0.0 if locked is None or not len(locked) else float(np.abs(locked.values).max())
-    krylov = Krylov(operator, max_steps, breakdown=threshold, deflated=held, scale=scale)
-    search = _Search(krylov, locked, min(largest, operator.n), min(smallest, operator.n), tolerance)
-    if krylov.dimension:
-        krylov.begin(generator)
-    while not krylov.full:
-        open_ended = krylov.step()
-        if search.finished():
+    ends = min(largest, operator.n), min(smallest, operator.n)
+    while True:
+        left = max_steps - (operator.products - before)
+        search = _Search(operator, locked, ends, tolerance, left)
+        search.run(generator)
+        found = search.result(operator.products - before)
+        if search.settled or operator.products - before >= max_steps:
             break
-        if not open_ended and not krylov.full:
-            krylov.begin(generator)
-    return search.result(operator.products - before)
+        # Copies came out of the complement of earlier finds; there may be more of them beside the new ones.
+        locked = found.pairs
+    if not search.settled:
+        # Stopped by max_steps: what the rest of the space holds was not looked at.
+        found = replace(found, pairs=replace(found.pairs, converged=np.zeros_like(found.pairs.converged)))
+    return found
 
 
 class _Search:
-    """Which Ritz values are wanted and whether they are good enough."""
+    """One Lanczos run: which Ritz values are wanted, whether they are good enough, whether others may lie beyond."""
 
     def __init__(
-        self, krylov: Krylov, locked: Eigenpairs | None, largest: int, smallest: int, tolerance: float
+        self,
+        operator: SymmetricOperator,
+        locked: Eigenpairs | None,
+        ends: tuple[int, int],
+        tolerance: float,
+        max_steps: int,
     ) -> None:
-        self.krylov, self.locked, self.tolerance = krylov, locked, tolerance
-        self.largest, self.smallest = largest, smallest
+        held = None if locked is None else locked.vectors
+        scale = 0.0 if locked is None or not len(locked) else float(np.abs(locked.values).max())
+        threshold = max(100 * torch.finfo(operator.dtype).eps, 1e-3 * tolerance)
+        self.krylov = Krylov(operator, max_steps, breakdown=threshold, deflated=held, scale=scale)
+        self.locked, self.tolerance = locked, tolerance
+        self.largest, self.smallest = ends
+        self.settled = False
         self._closed: list[tuple[Floats, Floats]] = []
 
-    def finished(self) -> bool:
+    def run(self, generator: torch.Generator) -> None:
+        krylov = self.krylov
+        if krylov.dimension:
+            krylov.begin(generator)
+        while not krylov.full:
+            is_open = krylov.step()
+            fresh = krylov.blocks > 1 or self.locked is not None
+            if self._wanted_converged():
+                if not fresh and is_open:
+                    # The ordinary case: one vector, one open space.
+                    self.settled = True
+                    return
+                if fresh and self._nothing_beyond(wanted_too=True):
+                    self.settled = True
+                    return
+                if fresh and is_open and self._nothing_beyond(wanted_too=False):
+                    return
+            if not is_open and not krylov.full:
+                krylov.begin(generator)
+        complete = krylov.size == krylov.dimension
+        self.settled = complete or (krylov.blocks == 1 and self.locked is None and krylov.betas[-1] > 0)
+
+    def _wanted_converged(self) -> bool:
         values, residuals = self._all()
         if len(values) < max(self.largest, self.smallest):
             return False
         order = np.argsort(-values, kind="stable")
-        _, converged = _accuracy(values[order], residuals[order], self.tolerance)
-        wanted = _wanted(len(values), self.largest, self.smallest)
-        return bool(converged[wanted].all()) and self._complement_is_lower(values[order])
+        _, converged = self._accuracy(values[order], residuals[order])
+        return bool(converged[_wanted(len(values), self.largest, self.smallest)].all())
 
-    def _complement_is_lower(self, values: Floats) -> bool:
-        """After a restart: does the current block hold nothing beyond what we are about to return?"""
-        if self.krylov.blocks == 1 and self.locked is None:
-            # One open block is the ordinary case. One closed block says nothing about the rest of the space.
-            return self.krylov.betas[-1] > 0 or self.krylov.size == self.krylov.dimension
-        theta, _, rho = self.krylov.ritz()
+    def _nothing_beyond(self, *, wanted_too: bool) -> bool:
+        """Does the current block, begun in the complement of earlier finds, prove that nothing better is left there?
+
+        Its top is that of the whole complement: when even that does not exceed the last wanted value, nothing can.
+        With ``wanted_too=False`` only those of its values count that are not among the wanted themselves. Small
+        residuals alone prove nothing, as a random vector hardly sees a single eigenvector among n: an open block must
+        also have a length that grows with ln n, since the error of m steps from a random start falls about as
+        (ln n / m)² (Kuczynski & Wozniakowski, SIAM J. Matrix Anal. Appl. 13, 1992).
+        """
+        values, residuals = self._all()
+        order = np.argsort(-values, kind="stable")
+        start, stop = self.krylov.block_range(-1)
+        needed = 1 + _STEPS_PER_LOG * np.log(self.krylov.dimension)
+        if self.krylov.betas[-1] > 0 and stop - start < needed:
+            return False
+        places = np.arange(start, stop)
+        if not wanted_too:
+            places = np.setdiff1d(places, order[_wanted(len(values), self.largest, self.smallest)])
+        if not len(places):
+            return wanted_too
+        # Residuals, not estimated errors: a gap to values the block has not seen yet would be no gap.
         slack = self.tolerance * np.abs(values).max()
-        above = self.largest and theta[-1] + rho[-1] > values[self.largest - 1] + slack
-        below = self.smallest and theta[0] - rho[0] < values[-self.smallest] - slack
+        ranked = values[order]
+        above = self.largest and (values + residuals)[places].max() > ranked[self.largest - 1] + slack
+        below = self.smallest and (values - residuals)[places].min() < ranked[-self.smallest] - slack
         return not (above or below)
+
+    def _accuracy(self, values: Floats, residuals: Floats) -> tuple[Floats, NDArray[np.bool_]]:
+        share = np.full(len(values), _SMALL_LARGEST)
+        share[max(self.largest, len(values) - self.smallest) :] = _SMALL_SMALLEST
+        return _accuracy(values, residuals, self.tolerance, share)
 
     def _all(self) -> tuple[Floats, Floats]:
         # Blocks before the current one do not change any more: solve each once.
@@ -300,12 +234,8 @@ class _Search:
     def result(self, products: int) -> Spectrum:
         values, residuals = self._all()
         order = np.argsort(-values, kind="stable")
-        errors, converged = _accuracy(values[order], residuals[order], self.tolerance)
+        errors, converged = self._accuracy(values[order], residuals[order])
         wanted = _wanted(len(values), self.largest, self.smallest)
-        complete = self.krylov.size == self.krylov.dimension
-        if not complete and not self._complement_is_lower(values[order]):
-            # A block closed and max_steps came before the rest of the space was searched.
-            converged = np.zeros_like(converged)
         pairs = Eigenpairs(
             values[order][wanted],
             residuals[order][wanted],
@@ -313,15 +243,14 @@ class _Search:
             converged[wanted],
             self._vectors(order[wanted]),
         )
-        total = len(values)
         return Spectrum(
-            pairs,
-            min(self.largest, total),
-            min(self.smallest, total),
-            values[order],
-            residuals[order],
-            products,
-            complete,
+            pairs=pairs,
+            n_largest=min(self.largest, len(values)),
+            n_smallest=min(self.smallest, len(values)),
+            ritz=values[order],
+            ritz_residuals=residuals[order],
+            products=products,
+            complete=self.krylov.size == self.krylov.dimension,
         )
 
     def _vectors(self, places: NDArray[np.intp]) -> Tensor:
@@ -346,17 +275,26 @@ def _wanted(total: int, largest: int, smallest: int) -> NDArray[np.intp]:
     return places[(places < largest) | (places >= total - smallest)]
 
 
-def _accuracy(values: Floats, residuals: Floats, tolerance: float) -> tuple[Floats, NDArray[np.bool_]]:
-    """Estimated errors and convergence of Ritz values sorted in descending order."""
+def _accuracy(values: Floats, residuals: Floats, tolerance: float, share: Floats) -> tuple[Floats, NDArray[np.bool_]]:
+    """Estimated errors and convergence of Ritz values in descending order.
+
+    Values closer to each other than their residuals are one cluster: its eigenvalues, as a set, are off by at most
+    ``R²/gap``, R the joint residual and gap the distance to what is not of the cluster (Parlett 11.7).
+    """
     scale = float(np.abs(values).max())
-    gaps = np.full(len(values), np.inf)
-    if len(values) > 1:
-        # From this value to the nearest end of each neighbour's interval of uncertainty.
-        steps = -np.diff(values)
-        gaps[:-1] = steps - residuals[1:]
-        gaps[1:] = np.minimum(gaps[1:], steps - residuals[:-1])
+    new = -np.diff(values) > np.maximum(residuals[1:], residuals[:-1])
+    cluster = np.concatenate(([0], np.cumsum(new)))
+    count = int(cluster[-1]) + 1
+    joint = np.bincount(cluster, weights=residuals**2, minlength=count)
+    edges = np.flatnonzero(new)
+    # From one cluster to the nearest end of the next one's interval of uncertainty.
+    between = values[edges] - values[edges + 1] if count > 1 else np.zeros(0)
+    radius = np.sqrt(joint)
+    gaps = np.full(count, np.inf)
+    gaps[:-1] = between - radius[1:]
+    gaps[1:] = np.minimum(gaps[1:], between - radius[:-1])
     errors = residuals.copy()
-    separate = gaps > residuals
-    errors[separate] = residuals[separate] ** 2 / gaps[separate]
-    target = tolerance * np.maximum(np.abs(values), _SMALL * scale)
+    separate = (gaps > radius)[cluster]
+    errors[separate] = np.minimum(errors, joint[cluster] / np.where(gaps > 0, gaps, 1.0)[cluster])[separate]
+    target = tolerance * np.maximum(np.abs(values), share * scale)
     return errors, (errors <= target) & (residuals <= np.sqrt(tolerance) * scale)

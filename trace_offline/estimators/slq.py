@@ -7,13 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from trace_offline.estimators.lanczos import Krylov
+from trace_offline.estimators.krylov import Floats, Krylov
 from trace_offline.estimators.operators import SymmetricOperator
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
