@@ -27,10 +27,23 @@ def build(
     kind: Annotated[str | None, typer.Option(help="text, conllu, jsonl or absynth. Default: by the file.")] = None,
     name: Annotated[str | None, typer.Option(help="Name stored with every number. Default: the folder's name.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest sequence in tokens.", min=2)] = None,
-    max_examples: Annotated[int | None, typer.Option(help="Use only the first so many sequences.", min=1)] = None,
+    max_examples: Annotated[
+        int | None,
+        typer.Option(
+            help="Only the first so many texts of each side. Ordered corpora then show one genre only.", min=1
+        ),
+    ] = None,
+    text_unit: Annotated[
+        str, typer.Option(help="What one plain text is: auto, mark (<|endoftext|>), paragraph, line or file.")
+    ] = "auto",
+    bos: Annotated[
+        bool | None,
+        typer.Option("--bos/--no-bos", help="Begin each text with the BOS token. Default: if there is one."),
+    ] = None,
     align: Annotated[str, typer.Option(help="Which sub-word carries a word's label: last, first or mean.")] = "last",
     objective: Annotated[str, typer.Option(help="causal_lm or masked_lm.")] = "causal_lm",
     licence: Annotated[str, typer.Option(help="Licence of the text, stored with the set.")] = "",
+    mask_probability: Annotated[float, typer.Option(help="Share of tokens to guess (masked_lm).")] = 0.15,
     seed: Annotated[int, typer.Option(help="Seed of the masking (masked_lm).")] = 0,
 ) -> None:
     """Build an evaluation set from annotated or plain text."""
@@ -49,9 +62,18 @@ def build(
         name=name,
         licence=licence,
         objective=objective,
+        text_unit=text_unit,
+        add_bos=bos,
+        mask_probability=mask_probability,
         seed=seed,
     )
-    typer.echo(f"{out}: {made.n_examples} sequences, {made.n_tokens} tokens, tasks: {', '.join(made.tasks) or 'none'}")
+    for warning in made.summary.get("warnings", []):
+        typer.echo(f"warning: {warning}", err=True)
+    typer.echo(f"{out}: {made.n_examples} sequences, {made.n_tokens} tokens, hash {made.hash}")
+    for task, counts in made.summary.get("tasks", {}).items():
+        lost = {name: count for name, count in counts.items() if isinstance(count, int) and count}
+        shown = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in lost.items())
+        typer.echo(f"  {task}: {shown}; {len(counts.get('classes', ()))} classes")
 
 
 @app.command()

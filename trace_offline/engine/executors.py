@@ -6,13 +6,14 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, TypeVar
 
 from trace_offline.core.types import AnalysisStatus, Outcome
 from trace_offline.engine.unit import Unit
 
 Finished = tuple[Unit, list[Outcome]]
 Body = Callable[[Unit], list[Outcome]]
+T = TypeVar("T")
 
 
 def run_inline(units: Iterable[Unit], body: Body) -> Iterator[Finished]:
@@ -48,6 +49,20 @@ def run_joblib(units: Iterable[Unit], body: Body, jobs: int) -> Iterator[Finishe
             under_way.clear()
         for unit in suspects:
             yield unit, list(_alone(unit, body, jobs))
+
+
+def run_alone(body: Callable[[T], list[Outcome]], task: T, jobs: int) -> list[Outcome]:
+    """One task: here when ``jobs`` is 1, else in a worker process, whose death raises BrokenProcessPool."""
+    if jobs == 1:
+        return body(task)
+    from joblib import delayed
+
+    ((_, outcomes),) = list(_parallel(iter([delayed(_named)(body, task)]), jobs))
+    return outcomes
+
+
+def _named(body: Callable[[T], list[Outcome]], task: T) -> tuple[str, list[Outcome]]:
+    return "", body(task)
 
 
 def _parallel(tasks: Iterator[Any], jobs: int) -> Iterator[tuple[str, list[Outcome]]]:

@@ -8,23 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trace_offline.analyzers.base import Scope
 from trace_offline.analyzers.registry import DEFAULT, Registry
 from trace_offline.core.errors import UsageError
 from trace_offline.core.hashing import canonical_json
 from trace_offline.core.params import parse_params
 from trace_offline.core.types import Checkpoint
-from trace_offline.engine.unit import AnalysisRequest, Unit, WorkSettings, analysis_id, model_fingerprint
+from trace_offline.engine.unit import AnalysisRequest, Unit, Wanted, WorkSettings, analysis_id, model_fingerprint
 from trace_offline.store.rows import checkpoint_id
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """One analyzer with its resolved parameters (defaults filled in)."""
-
-    name: str
-    version: str
-    params: Mapping[str, Any]
 
 
 def resolve_analyzers(
@@ -45,10 +35,6 @@ def resolve_analyzers(
     wanted = []
     for name in chosen:
         kind = registry.get(name)
-        if kind.scope is not Scope.CHECKPOINT:
-            raise UsageError(
-                f'"{name}" compares checkpoints (scope series); this release runs per-checkpoint analyzers.'
-            )
         values = parse_params(kind.Params, name, params.get(name, {}))
         wanted.append(Wanted(name, kind.version, values.model_dump(mode="json")))
     return tuple(wanted)
@@ -102,8 +88,11 @@ class Planner:
             return len(self.wanted)
         return sum(not self._is_done(row["analysis_id"]) for row in self.identities(checkpoint))
 
-    def unit(self, checkpoint: Checkpoint) -> Unit | None:
-        """What is still to do for this checkpoint, or None. The same weights are never scheduled twice."""
+    def unit(self, checkpoint: Checkpoint, extracts: tuple[AnalysisRequest, ...] = ()) -> Unit | None:
+        """What is still to do for this checkpoint, with what is to be extracted for series, or None.
+
+        The same weights are never scheduled twice.
+        """
         requests = []
         with self._lock:
             for item, row in zip(self.wanted, self.identities(checkpoint), strict=True):
@@ -111,6 +100,7 @@ class Planner:
                 if not self._is_done(key) and key not in self._scheduled:
                     self._scheduled.add(key)
                     requests.append(AnalysisRequest(key, item.name, item.version, item.params))
+        requests.extend(extracts)
         return Unit(checkpoint, tuple(requests), self.settings) if requests else None
 
 

@@ -64,8 +64,7 @@ def rerun(
             force=force,
             **{name: value for name, value in kept.items() if name in _KEPT},
         )
-        changes = {"device": device, "jobs": jobs}
-        options = dataclasses.replace(options, **{name: value for name, value in changes.items() if value is not None})
+        options = dataclasses.replace(options, device=device or options.device, jobs=jobs or options.jobs)
         summaries.append(analyze(options, progress))
     return summaries
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from trace_offline.core.hashing import canonical_json, digest
@@ -12,10 +12,23 @@ from trace_offline.core.types import Checkpoint
 
 @dataclass(frozen=True, slots=True)
 class AnalysisRequest:
-    """One analyzer with one set of parameters, to run on the checkpoint of the unit it belongs to."""
+    """One analyzer with one set of parameters, to run on the checkpoint of the unit it belongs to.
+
+    ``extract_to``: for a series analyzer, the file its extract goes to; nothing is measured then.
+    """
 
     analysis_id: str
     analyzer: str
+    version: str
+    params: Mapping[str, Any]
+    extract_to: str | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One analyzer with its resolved parameters (defaults filled in)."""
+
+    name: str
     version: str
     params: Mapping[str, Any]
 
@@ -43,7 +56,6 @@ class Unit:
     checkpoint: Checkpoint
     requests: tuple[AnalysisRequest, ...]
     settings: WorkSettings
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import time
 import traceback
@@ -34,13 +35,13 @@ def run_unit(unit: Unit) -> list[Outcome]:
     jobs = [_Job(request) for request in unit.requests]
     device = unit.settings.device
     try:
-        _limit_threads(unit.settings.threads)
+        limit_threads(unit.settings.threads)
         device = resolve_device(unit.settings.device)
         _measure_all(unit, jobs, device)
     except Exception as error:
         for job in jobs:
             if job.outcome is None:
-                job.outcome = _ended(job, error, device)
+                job.outcome = ended(job.request.analysis_id, error, device)
     versions = library_versions()
     return [_stamp(job, versions, device) for job in jobs]
 
@@ -57,7 +58,8 @@ def resolve_device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _limit_threads(threads: int) -> None:
+def limit_threads(threads: int) -> None:
+    """Let torch and the BLAS libraries use so many threads; the last digit of a sum can depend on it."""
     import torch
     from threadpoolctl import threadpool_limits
 
@@ -75,7 +77,8 @@ def library_versions() -> dict[str, str]:
 
 
 @functools.lru_cache(maxsize=2)
-def _evaluation_set(folder: str, expected_hash: str) -> Any:
+def evaluation_set(folder: str, expected_hash: str) -> Any:
+    """The evaluation set of the run, opened once per worker. Raises EvaluationSetError when it changed meanwhile."""
     from trace_offline.evaluation.evaluation_set import EvaluationSet
 
     loaded = EvaluationSet.load(Path(folder))
@@ -98,7 +101,7 @@ def _measure_all(unit: Unit, jobs: list[_Job], device: str) -> None:
     from trace_offline.checkpoints.loading import load_model
 
     settings = unit.settings
-    evaluation = _evaluation_set(settings.evaluation_set, settings.evaluation_hash)
+    evaluation = evaluation_set(settings.evaluation_set, settings.evaluation_hash)
     check_tokenizer_of(unit, evaluation)
     model = load_model(
         unit.checkpoint,
@@ -122,17 +125,17 @@ def _measure_all(unit: Unit, jobs: list[_Job], device: str) -> None:
             for name, collector in job.analyzer.collectors(job.context).items():
                 collectors[f"{job.request.analyzer}{_BAR}{name}"] = collector
         except BaseException as error:
-            job.outcome = _ended(job, error, device)
+            job.outcome = ended(job.request.analysis_id, error, device)
         job.seconds += time.perf_counter() - started
 
     collectors = {name: c for name, c in collectors.items() if not _over(jobs, name)}
     started = time.perf_counter()
     broken: Mapping[str, BaseException] = run_pass(model, evaluation, collectors) if collectors else {}
     shared = (time.perf_counter() - started) / max(1, len({_owner(name) for name in collectors}))
-    for name, error in broken.items():
+    for name, fault in broken.items():
         for job in jobs:
             if job.request.analyzer == _owner(name) and job.outcome is None:
-                job.outcome = _ended(job, error, device)
+                job.outcome = ended(job.request.analysis_id, fault, device)
 
     for job in jobs:
         if job.outcome is None:
@@ -152,6 +155,11 @@ def _measure(job: _Job, collectors: Mapping[str, Any], shared_seconds: float, de
     try:
         own = {n.split(_BAR, 1)[1]: c for n, c in collectors.items() if _owner(n) == job.request.analyzer}
         job.context.collected = {name: collector.finish() for name, collector in own.items()}
+        if job.request.extract_to is not None:
+            save_extract(job.analyzer.extract(job.context), Path(job.request.extract_to))
+            job.outcome = Outcome(job.request.analysis_id, AnalysisStatus.OK)
+            job.seconds += time.perf_counter() - started + (shared_seconds if own else 0.0)
+            return
         measurements, arrays, artifacts = [], [], []
         for item in job.analyzer.measure(job.context):
             if isinstance(item, Measurement):
@@ -170,21 +178,34 @@ def _measure(job: _Job, collectors: Mapping[str, Any], shared_seconds: float, de
         job.outcome = Outcome(
             job.request.analysis_id,
             AnalysisStatus.OK,
-            _reasons(measurements),
+            reasons(measurements),
             measurements=tuple(measurements),
             arrays=tuple(arrays),
             artifacts=tuple(artifacts),
         )
     except BaseException as error:
         job.seconds += time.perf_counter() - started
-        job.outcome = _ended(job, error, device)
+        job.outcome = ended(job.request.analysis_id, error, device)
     finally:
         # The table of hidden states goes before the next analyzer measures.
         if job.context is not None:
             job.context.collected = {}
 
 
-def _reasons(measurements: list[Measurement]) -> str | None:
+def save_extract(arrays: Mapping[str, Any], target: Path) -> None:
+    """Write an extract in one move, so that a killed run leaves none that is half written."""
+    from safetensors.torch import save_file
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(f"{target.name}.{os.getpid()}.new")
+    try:
+        save_file({name: array.detach().cpu().contiguous().clone() for name, array in arrays.items()}, fresh)
+        os.replace(fresh, target)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def reasons(measurements: list[Measurement]) -> str | None:
     """Why some numbers of a successful analysis are NULL: each distinct reason once, with how often it occurred."""
     counts: dict[str, int] = {}
     for item in measurements:
@@ -196,16 +217,17 @@ def _reasons(measurements: list[Measurement]) -> str | None:
     return "; ".join(f"{reason} ({count}×)" for reason, count in counts.items())
 
 
-def _ended(job: _Job, error: BaseException, device: str) -> Outcome:
+def ended(key: str, error: BaseException, device: str, seconds: float = 0.0) -> Outcome:
+    """An exception as the outcome of an analysis. Only a user's interrupt goes on its way."""
     if isinstance(error, KeyboardInterrupt):
         raise error
     if isinstance(error, NotApplicable):
-        return Outcome(job.request.analysis_id, AnalysisStatus.NOT_APPLICABLE, error.message, device=device)
+        return Outcome(key, AnalysisStatus.NOT_APPLICABLE, error.message, seconds, device)
     if isinstance(error, TraceOfflineError):
-        return Outcome(job.request.analysis_id, AnalysisStatus.FAILED, error.message, device=device)
+        return Outcome(key, AnalysisStatus.FAILED, error.message, seconds, device)
     text = "".join(traceback.format_exception(error)[-4:]).strip()
     message = f"{type(error).__name__}: {error}"
-    return Outcome(job.request.analysis_id, AnalysisStatus.FAILED, message, device=device, detail={"traceback": text})
+    return Outcome(key, AnalysisStatus.FAILED, message, seconds, device, detail={"traceback": text})
 
 
 def _stamp(job: _Job, versions: dict[str, str], device: str) -> Outcome:
@@ -245,7 +267,7 @@ def _check_vocabulary(model: Any, evaluation: Any, unit: Unit) -> None:
 
 @functools.lru_cache(maxsize=2)
 def _largest(folder: str, expected_hash: str) -> int:
-    evaluation = _evaluation_set(folder, expected_hash)
+    evaluation = evaluation_set(folder, expected_hash)
     block = 1024
     return max(
         int(evaluation.tokens(start, min(start + block, evaluation.n_examples)).input_ids.max())

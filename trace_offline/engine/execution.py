@@ -1,0 +1,172 @@
+"""Running a plan: units over the workers, outcomes into the store, then the comparisons of series."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trace_offline.core.types import AnalysisStatus, Checkpoint, Outcome
+from trace_offline.engine.executors import run_inline, run_joblib
+from trace_offline.engine.fingerprints import hub_entry, remember
+from trace_offline.engine.plan import Planner
+from trace_offline.engine.progress import Progress, name_of
+from trace_offline.engine.remote import fetched
+from trace_offline.engine.series import SeriesPlan
+from trace_offline.engine.unit import Unit, Wanted
+from trace_offline.engine.worker import run_unit
+from trace_offline.store.writer import Writer
+
+
+@dataclass
+class Summary:
+    """How a run ended; counts are analyses, one for each checkpoint and analyzer."""
+
+    run: str
+    store: Path
+    checkpoints: int
+    ok: int = 0
+    not_applicable: int = 0
+    failed: int = 0
+    crashed: int = 0
+    already_done: int = 0
+    shared: int = 0
+    seconds: float = 0.0
+    set_aside: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """0 all good, 1 some analyses failed."""
+        return 1 if self.failed or self.crashed else 0
+
+    def count(self, checkpoint: Checkpoint, analyzer: str, outcome: Outcome) -> None:
+        """Add one analysis."""
+        if outcome.status is AnalysisStatus.OK:
+            self.ok += 1
+        elif outcome.status is AnalysisStatus.NOT_APPLICABLE:
+            self.not_applicable += 1
+        else:
+            if outcome.status is AnalysisStatus.FAILED:
+                self.failed += 1
+            else:
+                self.crashed += 1
+            self.problems.append(f"{name_of(checkpoint)}: {analyzer} {outcome.status.value}: {outcome.message}")
+
+
+@dataclass
+class Execution:
+    """One run of what is missing. ``register``: stores a checkpoint whose fingerprint became known on the way."""
+
+    planner: Planner
+    series: SeriesPlan
+    writer: Writer
+    summary: Summary
+    jobs: int
+    progress: Progress
+    register: Callable[[Checkpoint], None]
+    _names: dict[str, str] = field(default_factory=dict)
+    _identities: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def run(self, chosen: list[Checkpoint]) -> None:
+        """Measure and compare what is missing for these checkpoints, in order of training."""
+        planner, series = self.planner, self.series
+        pending = series.pending(chosen)
+        for item in chosen:
+            if item.fingerprint is not None:
+                self._note(item)
+        local = [item for item in chosen if item.layout != "hub"]
+        units = [
+            unit for item in local if (unit := planner.unit(item, series.extract_requests(item, pending))) is not None
+        ]
+        # A revision whose fingerprint is remembered and whose analyses are all stored is not downloaded again.
+        remote = [item for item in chosen if item.layout == "hub" and (planner.missing(item) or pending)]
+        todo = sum(len(unit.requests) for unit in units)
+        todo += sum(planner.missing(item) + len(pending) for item in remote)
+        comparisons = len(pending) * len(chosen)
+        self._count_done(chosen, pending, units)
+        if todo + comparisons == 0:
+            return
+        self.progress.start(todo + comparisons, len(chosen) if pending else len(units) + len(remote))
+        final = {id(item): item for item in chosen}
+        try:
+            self._measure(units, remote, pending, final)
+            for wanted in pending:
+                self._compare(wanted, [final[id(checkpoint)] for checkpoint in chosen])
+        finally:
+            self.progress.stop()
+
+    def _count_done(self, chosen: list[Checkpoint], pending: tuple[Wanted, ...], units: list[Unit]) -> None:
+        planner = self.planner
+        missing = sum(planner.missing(item) for item in chosen)
+        there = len(chosen) * (len(planner.wanted) + len(self.series.wanted) - len(pending)) - missing
+        self.summary.already_done = there
+        local = sum(planner.missing(item) for item in chosen if item.layout != "hub")
+        self.summary.shared = local - sum(request.extract_to is None for unit in units for request in unit.requests)
+
+    def _note(self, checkpoint: Checkpoint) -> None:
+        for row in self.planner.identities(checkpoint):
+            self._names[row["analysis_id"]] = row["analyzer"]
+            self._identities.setdefault(row["analysis_id"], row)
+
+    def _measure(
+        self, units: list[Unit], remote: list[Checkpoint], pending: tuple[Wanted, ...], final: dict[int, Checkpoint]
+    ) -> None:
+        asked = {item.location: id(item) for item in remote}
+
+        def lost(item: Checkpoint, reason: str) -> None:
+            self.summary.failed += self.planner.missing(item)
+            self.summary.problems.append(f"{item.location}: {reason}")
+
+        def all_units() -> Iterator[Unit]:
+            yield from units
+            for item in fetched(remote, lost):
+                final[asked[item.location]] = item
+                self._note(item)
+                unit = self.planner.unit(item, self.series.extract_requests(item, pending))
+                if unit is not None:
+                    yield unit
+
+        stream = run_inline(all_units(), run_unit) if self.jobs == 1 else run_joblib(all_units(), run_unit, self.jobs)
+        for unit, outcomes in stream:
+            self._store(unit, outcomes)
+
+    def _store(self, unit: Unit, outcomes: list[Outcome]) -> None:
+        checkpoint = unit.checkpoint
+        if checkpoint.layout == "hub":
+            self.register(checkpoint)
+            self.writer.plan(self.planner.identities(checkpoint))
+            remember(self.writer, hub_entry(checkpoint))
+        requests = {request.analysis_id: request for request in unit.requests}
+        names = dict(self._names)
+        for outcome in outcomes:
+            request = requests[outcome.analysis_id]
+            if request.extract_to is not None:
+                self.series.extracted(request, outcome)
+                names[outcome.analysis_id] = f"{request.analyzer} (extract)"
+                continue
+            self.writer.record(outcome, self._identities[outcome.analysis_id])
+            self.summary.count(checkpoint, request.analyzer, outcome)
+        self.progress.finished(checkpoint, outcomes, names)
+
+    def _compare(self, item: Wanted, series: list[Checkpoint]) -> None:
+        """One comparison over the checkpoints that could be had."""
+        there = [checkpoint for checkpoint in series if checkpoint.fingerprint is not None]
+        rows = self.series.identities(item, there)
+        self.writer.plan(rows)
+        outcomes = self.series.compare(item, there, self.jobs)
+        for checkpoint, row, outcome in zip(there, rows, outcomes, strict=True):
+            self.writer.record(outcome, row)
+            self.summary.count(checkpoint, item.name, outcome)
+            self.progress.finished(checkpoint, [outcome], {outcome.analysis_id: item.name})
+
+
+def with_model(chosen: list[Checkpoint], fingerprint: Callable[[str], str]) -> list[Checkpoint]:
+    """Checkpoints as stored: their fingerprint includes the factory that turns the weights into a model."""
+    return [
+        item if item.fingerprint is None else dataclasses.replace(item, fingerprint=fingerprint(item.fingerprint))
+        for item in chosen
+    ]
