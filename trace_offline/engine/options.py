@@ -56,6 +56,10 @@ class AnalyzeOptions:
                     f"--device {self.device}: PyTorch sees no CUDA device here. Use --device cpu, or install a CUDA "
                     "build of PyTorch."
                 )
+        if self.model_factory is not None:
+            from trace_offline.checkpoints.factory import load_factory
+
+            load_factory(self.model_factory)
         if self.jobs is not None and self.jobs < 1:
             raise UsageError(f"--jobs: expected 1 or more, found {self.jobs}.")
 
