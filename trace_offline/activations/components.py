@@ -68,11 +68,11 @@ def parameter_places(model: ModelView) -> dict[str, Place]:
             continue
         if id(parameter) in inside:
             layer, local = inside[id(parameter)]
-            places[name] = Place(layer, inside_block(local))
+            places[name] = Place(layer, inside_block(local).value)
         elif id(parameter) in embedding:
-            places[name] = Place(0, Component.EMBEDDING)
+            places[name] = Place(0, Component.EMBEDDING.value)
         elif id(parameter) in head:
-            places[name] = Place(None, Component.HEAD)
+            places[name] = Place(None, Component.HEAD.value)
         else:
             places[name] = outside_blocks(name, blocks_known=model.blocks is not None)
     return places
@@ -113,13 +113,13 @@ def outside_blocks(name: str, *, blocks_known: bool = True) -> Place:
     embedding = any(_EMBEDDING.search(part) and not _HEAD.search(part) for part in parts)
     if _NORM.search(parts[-1]):
         if embedding:
-            return Place(0, Component.NORM)
-        return Place(None, Component.FINAL_NORM if blocks_known else Component.NORM)
+            return Place(0, Component.NORM.value)
+        return Place(None, (Component.FINAL_NORM if blocks_known else Component.NORM).value)
     if any(_HEAD.search(part) for part in parts):
-        return Place(None, Component.HEAD)
+        return Place(None, Component.HEAD.value)
     if embedding:
-        return Place(0, Component.EMBEDDING)
-    return Place(None, Component.OTHER if blocks_known else inside_block(name))
+        return Place(0, Component.EMBEDDING.value)
+    return Place(None, (Component.OTHER if blocks_known else inside_block(name)).value)
 
 
 def _block_parameters(model: ModelView) -> dict[int, tuple[int, str]]:
