@@ -66,7 +66,7 @@ def revisions(
 
     Raises CheckpointError when the repository or revision cannot be had, quoting the cause.
     """
-    repo, revision = _parse(source)
+    repo, revision = parse_source(source)
     folder = repository_folder(repo, cache_dir)
     if local_files_only or offline():
         return _cached(repo, folder, pattern, revision, "offline (HF_HUB_OFFLINE is set)" if offline() else "offline")
@@ -104,7 +104,7 @@ def fetch(
     """
     if checkpoint.layout != "hub":
         return checkpoint
-    repo, ref = _parse(checkpoint.location)
+    repo, ref = parse_source(checkpoint.location)
     commit = checkpoint.revision or ref or "main"
     folder = repository_folder(repo, cache_dir)
     no_asking = local_files_only or offline()
@@ -167,7 +167,8 @@ def _submit(
     return None if item is None else (item, pool.submit(fetch, item, **how))
 
 
-def _parse(source: str) -> tuple[str, str | None]:
+def parse_source(source: str) -> tuple[str, str | None]:
+    """``hf://org/name@revision`` → (``org/name``, revision or None). Raises CheckpointError for anything else."""
     found = _SOURCE.fullmatch(source)
     if not found:
         raise CheckpointError(

@@ -17,7 +17,9 @@ def build(
         list[Path],
         typer.Option("--from", metavar="FILE", help="Plain text, CoNLL-U, JSONL or ABSynth JSON; repeat for several."),
     ],
-    tokenizer: Annotated[Path, typer.Option(metavar="CHECKPOINT", help="A checkpoint or folder with the tokenizer.")],
+    tokenizer: Annotated[
+        str, typer.Option(metavar="CHECKPOINT", help="A checkpoint or folder with the tokenizer, or hf://org/name.")
+    ],
     task: Annotated[
         list[str] | None, typer.Option(help="An annotation to keep: upos, deprel, a feature, role, …; repeat.")
     ] = None,
@@ -49,6 +51,10 @@ def build(
     """Build an evaluation set from annotated or plain text."""
     from trace_offline.evaluation.build import build_evaluation_set
 
+    if tokenizer.startswith("hf://"):
+        from trace_offline.checkpoints.hub_tokenizer import fetch_tokenizer
+
+        tokenizer = str(fetch_tokenizer(tokenizer))
     made = build_evaluation_set(
         out,
         from_,

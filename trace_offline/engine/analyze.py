@@ -11,7 +11,7 @@ from trace_offline.analyzers.registry import registry
 from trace_offline.checkpoints.discover import discover, select
 from trace_offline.core.errors import CheckpointError, UsageError
 from trace_offline.core.types import Checkpoint
-from trace_offline.engine.execution import Execution, Summary, with_model
+from trace_offline.engine.execution import Execution, Summary, duplicate_warnings, with_model
 from trace_offline.engine.fingerprints import known_fingerprints, with_fingerprints
 from trace_offline.engine.options import AnalyzeOptions, choose_jobs
 from trace_offline.engine.plan import Planner, default_run_name, resolve_analyzers, short_names
@@ -63,7 +63,7 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None) -> Summar
                          if not item.state.analyzable]  # fmt: skip
     with Writer.open(Path(options.store)) as writer:
         chosen = with_fingerprints(chosen, writer, known_fingerprints(writer))
-        summary.warnings = _duplicate_warnings(chosen)
+        summary.warnings = duplicate_warnings(chosen)
         _check_same_run(writer, run, options, chosen)
         writer.register_run(run, _absolute(options.source), settings.evaluation_set, options.stored())
         writer.register_evaluation_set(_evaluation_row(evaluation, settings))
@@ -104,21 +104,6 @@ def _choose(found: list[Checkpoint], options: AnalyzeOptions) -> list[Checkpoint
 
 def _with_model(chosen: list[Checkpoint], options: AnalyzeOptions) -> list[Checkpoint]:
     return with_model(chosen, lambda value: model_fingerprint(value, options.model_factory, options.blocks))
-
-
-def _duplicate_warnings(chosen: list[Checkpoint]) -> list[str]:
-    first: dict[str, Checkpoint] = {}
-    warnings = []
-    for item in chosen:
-        if item.fingerprint is None:
-            continue
-        other = first.setdefault(item.fingerprint, item)
-        if other is not item:
-            warnings.append(
-                f"step {item.step} has the same weights as step {other.step}: computed once, recorded for both. "
-                "If the training went on between them, the published files are wrong."
-            )
-    return warnings
 
 
 def _absolute(source: str) -> str:

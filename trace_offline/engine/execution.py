@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,6 +71,7 @@ class Execution:
     register: Callable[[Checkpoint], None]
     _names: dict[str, str] = field(default_factory=dict)
     _identities: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _arrived: deque[Checkpoint] = field(default_factory=deque)
 
     def run(self, chosen: list[Checkpoint]) -> None:
         """Measure and compare what is missing for these checkpoints, in order of training."""
@@ -94,8 +96,10 @@ class Execution:
         final = {id(item): item for item in chosen}
         try:
             self._measure(units, remote, pending, final)
+            known = [final[id(checkpoint)] for checkpoint in chosen]
             for wanted in pending:
-                self._compare(wanted, [final[id(checkpoint)] for checkpoint in chosen])
+                self._compare(wanted, known)
+            self.summary.warnings = duplicate_warnings(known)
         finally:
             self.progress.stop()
 
@@ -126,20 +130,27 @@ class Execution:
             for item in fetched(remote, lost):
                 final[asked[item.location]] = item
                 self._note(item)
+                self._arrived.append(item)
                 unit = self.planner.unit(item, self.series.extract_requests(item, pending))
                 if unit is not None:
                     yield unit
 
         stream = run_inline(all_units(), run_unit) if self.jobs == 1 else run_joblib(all_units(), run_unit, self.jobs)
         for unit, outcomes in stream:
+            self._welcome()
             self._store(unit, outcomes)
+        self._welcome()
 
-    def _store(self, unit: Unit, outcomes: list[Outcome]) -> None:
-        checkpoint = unit.checkpoint
-        if checkpoint.layout == "hub":
+    def _welcome(self) -> None:
+        """Store the revisions that were fetched since; fetching itself happens in joblib's dispatching thread."""
+        while self._arrived:
+            checkpoint = self._arrived.popleft()
             self.register(checkpoint)
             self.writer.plan(self.planner.identities(checkpoint))
             remember(self.writer, hub_entry(checkpoint))
+
+    def _store(self, unit: Unit, outcomes: list[Outcome]) -> None:
+        checkpoint = unit.checkpoint
         requests = {request.analysis_id: request for request in unit.requests}
         names = dict(self._names)
         for outcome in outcomes:
@@ -162,6 +173,22 @@ class Execution:
             self.writer.record(outcome, row)
             self.summary.count(checkpoint, item.name, outcome)
             self.progress.finished(checkpoint, [outcome], {outcome.analysis_id: item.name})
+
+
+def duplicate_warnings(chosen: list[Checkpoint]) -> list[str]:
+    """One line for each checkpoint whose weights an earlier step has already."""
+    first: dict[str, Checkpoint] = {}
+    warnings = []
+    for item in chosen:
+        if item.fingerprint is None:
+            continue
+        other = first.setdefault(item.fingerprint, item)
+        if other is not item:
+            warnings.append(
+                f"step {item.step} has the same weights as step {other.step}: computed once, recorded for both. "
+                "If the training went on between them, the published files are wrong."
+            )
+    return warnings
 
 
 def with_model(chosen: list[Checkpoint], fingerprint: Callable[[str], str]) -> list[Checkpoint]:
