@@ -49,7 +49,9 @@ def generate(path: Path) -> int:
         for run in range(RUNS):
             name = f"run{run}"
             checkpoints = [
-                Checkpoint(f"{name}/step{s}", "hf_folder", CheckpointState.COMPLETE, s, s * 2097152, fingerprint=f"{run}-{s}")
+                Checkpoint(
+                    f"{name}/step{s}", "hf_folder", CheckpointState.COMPLETE, s, s * 2097152, fingerprint=f"{run}-{s}"
+                )
                 for s in steps
             ]
             writer.register_run(name, name, "", {})

@@ -49,4 +49,6 @@ def save(name: str, rows: list[dict[str, Any]]) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
     for row in rows:
-        print(f"{row['case']}: {row['ours']:.4g} {row['unit']}" + (f" (limit {row['limit']})" if "limit" in row else ""))
+        print(
+            f"{row['case']}: {row['ours']:.4g} {row['unit']}" + (f" (limit {row['limit']})" if "limit" in row else "")
+        )
