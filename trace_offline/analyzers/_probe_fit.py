@@ -20,6 +20,9 @@ from trace_offline.estimators.splits import Part
 MEMORY_NUMBERS = 1 << 27
 """Numbers held for the layers that are solved together (512 MB in float32)."""
 
+PATH_TOLERANCE = 20.0
+"""Times the tolerance while penalties are compared on validation words: their NLL differs by far more than that."""
+
 _CONSTANT = 1e-6
 
 
@@ -84,7 +87,7 @@ def fit_layers(
             features[:, validation],
             y[:, validation],
             penalties,
-            tolerance=3.0 * tolerance,
+            tolerance=PATH_TOLERANCE * tolerance,
             max_iterations=max_iterations,
         )
         del problems

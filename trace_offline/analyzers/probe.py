@@ -43,7 +43,7 @@ class ProbeAnalyzer(Analyzer):
     """A linear probe per annotated task and layer, refit at this checkpoint."""
 
     name = "probe"
-    version = "1"
+    version = "2"
     summary = "linear probes per annotated task and layer, with control task, majority baseline and per-class scores"
     reference = (
         "Alain & Bengio 2016, Understanding intermediate layers using linear classifier probes, arXiv:1610.01644; "

@@ -4,7 +4,8 @@ Every problem has its own step length, curvature memory and stopping; problems t
 logits are linear in the parameters, a trial step costs no product: Z(θ + t d) = Z(θ) + t Z(d). One iteration is thus
 one forward product (Z(d)) and one backward product (the gradient), whatever the line search does.
 
-Reference: J. Nocedal and S. Wright (2006), Numerical Optimization, 2nd ed., algorithms 3.1 and 7.4.
+References: J. Nocedal and S. Wright (2006), Numerical Optimization, 2nd ed., algorithms 3.1 and 7.4; R. Byrd, J. Nocedal
+and R. Schnabel (1994), Representations of quasi-Newton matrices, Math. Programming 63, theorem 2.2 (compact form).
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trace_offline.estimators.class_blocks import InverseHessian
+
 _MEMORY = 10
 _ARMIJO = 1e-4
 _TRIALS = 25
 _FLAT_ITERATIONS = 8
-_REFRESH = 25
+_REFRESH = 20
 _GAP = 0.03
 
 
@@ -40,21 +43,29 @@ class Objective(ABC):
         """Data term ``[A]`` (float64) and whatever ``[A, K, n]`` the gradient is made from."""
 
     @abstractmethod
-    def gradient(self, state: Tensor, theta: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-        """Full gradient ``[A, K, R]`` (float64) and mean curvature per class ``[A, K]``; may overwrite ``state``."""
+    def gradient(self, state: Tensor, theta: Tensor, which: Tensor) -> Tensor:
+        """Full gradient ``[A, K, R]`` (float64); may overwrite ``state``."""
+
+    @abstractmethod
+    def null_gradient(self, which: Tensor) -> Tensor:
+        """Gradient ``[A, K, R]`` where progress is measured from."""
 
     @abstractmethod
     def ridge_terms(self, theta: Tensor, direction: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Coefficients c0, c1, c2 ``[A]`` of the penalty along the direction: c0 + c1 t + c2 t²."""
 
     @abstractmethod
-    def preconditioner(self, curvature: Tensor | None, which: Tensor) -> Tensor:
-        """Diagonal of an approximate inverse Hessian ``[A, K, R]``, all positive."""
+    def bound(self, which: Tensor) -> Tensor:
+        """Diagonal of the inverse of an upper bound of the Hessian ``[A, K, R]``, all positive."""
+
+    @abstractmethod
+    def inverse_hessian(self, logits: Tensor, which: Tensor) -> InverseHessian:
+        """An approximate inverse Hessian at these logits ``[A, K, n]``."""
 
 
 @dataclass(frozen=True)
 class Minimum:
-    """Where each of the P problems ended: ``parameters [P, K, R]`` and per problem ``[P]`` the rest."""
+    """Where each of the A problems ended: ``parameters [A, K, R]`` and per problem ``[A]`` the rest."""
 
     parameters: Tensor
     value: Tensor
@@ -64,27 +75,113 @@ class Minimum:
 
 
 @dataclass
-class _Working:
-    """Everything held for the problems still at work; first dimension A (second for the memory)."""
+class _Memory:
+    """Pairs s (step) and y (change of gradient) ``[A, m, K·R]``, H₀y likewise, and their products ``[A, m, m]``.
 
+    An unused or refused slot holds zeros, and drops out by itself. ``order``: slots from the oldest to the newest.
+    """
+
+    steps: Tensor
+    changes: Tensor
+    mapped: Tensor
+    step_change: Tensor
+    change_mapped: Tensor
+    gamma: Tensor
+    order: list[int]
+
+    @classmethod
+    def empty(cls, problems: int, size: int, device: torch.device) -> _Memory:
+        vectors = torch.zeros(3, problems, _MEMORY, size, dtype=torch.float64, device=device)
+        products = torch.zeros(2, problems, _MEMORY, _MEMORY, dtype=torch.float64, device=device)
+        ones = torch.ones(problems, dtype=torch.float64, device=device)
+        return cls(vectors[0], vectors[1], vectors[2], products[0], products[1], ones, [])
+
+    def keep(self, mask: Tensor) -> _Memory:
+        return _Memory(
+            self.steps[mask],
+            self.changes[mask],
+            self.mapped[mask],
+            self.step_change[mask],
+            self.change_mapped[mask],
+            self.gamma[mask],
+            self.order,
+        )
+
+    def forget(self, which: Tensor) -> None:
+        for part in (self.steps, self.changes, self.mapped, self.step_change, self.change_mapped):
+            part[which] = 0.0
+        self.gamma[which] = 1.0
+
+    def add(self, step: Tensor, change: Tensor, mapped: Tensor) -> None:
+        """Remember one pair ``[A, K·R]`` of every problem; pairs without positive curvature are refused."""
+        product = torch.linalg.vecdot(step, change)
+        floor = 1e-12 * torch.linalg.vector_norm(step, dim=1) * torch.linalg.vector_norm(change, dim=1)
+        good = product > floor
+        slot = self.order.pop(0) if len(self.order) == _MEMORY else len(self.order)
+        self.order.append(slot)
+        use = good.to(step.dtype)[:, None]
+        step, change, mapped = step * use, change * use, mapped * use
+        self.steps[:, slot], self.changes[:, slot], self.mapped[:, slot] = step, change, mapped
+        self.step_change[:, slot] = (self.changes @ step[..., None])[..., 0]
+        self.step_change[:, :, slot] = (self.steps @ change[..., None])[..., 0]
+        row = (self.mapped @ change[..., None])[..., 0]
+        self.change_mapped[:, slot] = self.change_mapped[:, :, slot] = row
+        scaled = product / row[:, slot].clamp_min(1e-300)
+        self.gamma = torch.where(good, scaled.clamp(1e-3, 1e3), 1.0)
+
+    def remap(self, inverse: InverseHessian, shape: torch.Size) -> None:
+        """Take another H₀."""
+        problems = len(self.changes)
+        self.mapped = inverse.apply(self.changes.view(problems, _MEMORY, *shape)).flatten(2)
+        self.change_mapped = self.changes @ self.mapped.transpose(1, 2)
+
+    def multiply(self, gradient: Tensor, mapped: Tensor) -> Tensor:
+        """The learned inverse Hessian times ``gradient [A, K·R]``; ``mapped`` is H₀ times the same."""
+        base = self.gamma[:, None] * mapped
+        if not self.order:
+            return base
+        order = torch.tensor(self.order, device=gradient.device)
+        small = self.step_change[:, order][:, :, order]
+        curvature = small.diagonal(dim1=1, dim2=2).clone()
+        upper = small.triu()
+        upper.diagonal(dim1=1, dim2=2).add_((curvature == 0).to(upper.dtype))
+        along = (self.steps @ gradient[..., None])[:, order]
+        across = self.gamma[:, None, None] * (self.changes @ mapped[..., None])[:, order]
+        inner = torch.linalg.solve_triangular(upper, along, upper=True)
+        middle = curvature[..., None] * inner + self.gamma[:, None, None] * (
+            self.change_mapped[:, order][:, :, order] @ inner
+        )
+        outer = torch.linalg.solve_triangular(upper.transpose(1, 2), middle - across, upper=False)
+        weights_s, weights_y = torch.zeros_like(self.steps[..., :1]), torch.zeros_like(self.steps[..., :1])
+        weights_s[:, order], weights_y[:, order] = outer, inner
+        out = base + (self.steps.transpose(1, 2) @ weights_s)[..., 0]
+        return out - self.gamma[:, None] * (self.mapped.transpose(1, 2) @ weights_y)[..., 0]
+
+
+@dataclass
+class _Working:
+    """Everything held for the problems still at work; first dimension A.
+
+    ``place``: position in the answer. ``mapped``: H₀ times ``gradient``.
+    """
+
+    place: Tensor
     which: Tensor
     theta: Tensor
     logits: Tensor
     value: Tensor
     gradient: Tensor
+    mapped: Tensor
     bound: Tensor
-    inverse: Tensor
     reference: Tensor
     flat: Tensor
-    gamma: Tensor
-    steps: Tensor
-    changes: Tensor
-    rho: Tensor
+    inverse: InverseHessian
+    memory: _Memory
 
     def keep(self, mask: Tensor) -> None:
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
-            setattr(self, name, value[:, mask] if name in ("steps", "changes", "rho") else value[mask])
+            setattr(self, name, value[mask] if isinstance(value, Tensor) else value.keep(mask))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -95,53 +192,42 @@ def _norm(gradient: Tensor, inverse: Tensor) -> Tensor:
     return _dot(gradient * inverse, gradient).sqrt()
 
 
-def minimise(
-    objective: Objective,
-    start: Tensor,
-    null: Tensor,
-    tolerance: float,
-    max_iterations: int,
-    which: Tensor,
-) -> Minimum:
-    """Minimise the problems ``which`` from ``start [P, K, R]``; the others stay at their start.
+def minimise(objective: Objective, start: Tensor, tolerance: float, max_iterations: int, which: Tensor) -> Minimum:
+    """Minimise the problems ``which [A]`` from ``start [A, K, R]``.
 
     A problem is done when the norm of its gradient (in the metric of the bounding preconditioner) is at most
-    ``tolerance`` times the norm at ``null [P, K, R]`` and its objective is estimated to be within 3 % of ``tolerance``
+    ``tolerance`` times the norm at the null model and its objective is estimated to be within 3 % of ``tolerance``
     (relative) of the minimum, or when the objective has stopped falling at the precision the data allow.
     """
-    theta = start.clone()
-    everyone = torch.arange(theta.shape[0], device=theta.device)
-    value, state = objective.nll(objective.logits(theta, everyone), everyone)
-    value = value + objective.ridge_terms(theta, theta, everyone)[0]
-    gradient, curvature = objective.gradient(state, theta, everyone)
-    bound = objective.preconditioner(None, everyone)
-    norm = _norm(gradient, bound)
-    _, null_state = objective.nll(objective.logits(null, everyone), everyone)
-    reference = _norm(objective.gradient(null_state, null, everyone)[0], bound)
-    del state, null_state
-    iterations = torch.zeros_like(everyone)
-    converged = torch.ones_like(everyone, dtype=torch.bool)
+    logits = objective.logits(start, which)
+    value, state = objective.nll(logits, which)
+    value = value + objective.ridge_terms(start, start, which)[0]
+    gradient = objective.gradient(state, start, which)
+    del state
+    bound = objective.bound(which)
+    reference = _norm(objective.null_gradient(which), bound)
+    theta, values, norm = start.clone(), value.clone(), _norm(gradient, bound)
+    iterations = torch.zeros_like(which)
+    converged = torch.ones_like(which, dtype=torch.bool)
     scale = reference.clamp_min(torch.finfo(torch.float64).tiny)
-
-    a, size = len(which), theta[0].numel()
+    inverse = objective.inverse_hessian(logits, which)
     work = _Working(
+        torch.arange(len(which), device=theta.device),
         which,
-        theta[which],
-        objective.logits(theta[which], which),
-        value[which],
-        gradient[which],
-        bound[which],
-        objective.preconditioner(curvature[which], which),
-        reference[which],
+        start.clone(),
+        logits,
+        value,
+        gradient,
+        inverse.apply(gradient[:, None])[:, 0],
+        bound,
+        reference,
         torch.zeros_like(which),
-        torch.ones(a, dtype=torch.float64, device=theta.device),
-        torch.zeros(_MEMORY, a, size, dtype=torch.float64, device=theta.device),
-        torch.zeros(_MEMORY, a, size, dtype=torch.float64, device=theta.device),
-        torch.zeros(_MEMORY, a, dtype=torch.float64, device=theta.device),
+        inverse,
+        _Memory.empty(len(which), start[0].numel(), theta.device),
     )
     for iteration in range(max_iterations + 1):
         size_now = _norm(work.gradient, work.bound)
-        direction, slope = _descent(work, iteration)
+        direction, slope = _descent(work)
         # ½ gᵀH⁻¹g, with the H the method has learned so far, estimates how far F still is above its minimum.
         left = -0.5 * slope
         small = (size_now <= tolerance * work.reference) & (left <= _GAP * tolerance * work.value)
@@ -149,24 +235,24 @@ def minimise(
         last = iteration == max_iterations
         leaving = torch.ones_like(done) if last else done
         if bool(leaving.any()):
-            out = work.which[leaving]
-            theta[out], value[out], norm[out] = work.theta[leaving], work.value[leaving], size_now[leaving]
+            out = work.place[leaving]
+            theta[out], values[out], norm[out] = work.theta[leaving], work.value[leaving], size_now[leaving]
             iterations[out], converged[out] = iteration, done[leaving]
             work.keep(~leaving)
             direction, slope = direction[~leaving], slope[~leaving]
         if len(work.which) == 0:
             break
         _step(objective, work, direction, slope, iteration)
-    return Minimum(theta, value, iterations, norm / scale, converged)
+    return Minimum(theta, values, iterations, norm / scale, converged)
 
 
-def _descent(work: _Working, iteration: int) -> tuple[Tensor, Tensor]:
+def _descent(work: _Working) -> tuple[Tensor, Tensor]:
     """Direction ``[A, K, R]`` of every problem and its slope ``[A]``, at most 0."""
-    direction = _direction(work, iteration)
+    direction = -work.memory.multiply(work.gradient.flatten(1), work.mapped.flatten(1)).view_as(work.gradient)
     slope = _dot(direction, work.gradient)
     uphill = ~(slope < 0)
     if bool(uphill.any()):
-        work.rho[:, uphill] = 0.0
+        work.memory.forget(uphill)
         safe = -(work.bound * work.gradient)
         direction = torch.where(uphill[:, None, None], safe, direction)
         slope = _dot(direction, work.gradient)
@@ -179,40 +265,22 @@ def _step(objective: Objective, work: _Working, direction: Tensor, slope: Tensor
     step = length[:, None, None] * direction
     work.theta = work.theta + step
     work.logits = moved
+    gradient = objective.gradient(state, work.theta, work.which)
     if (iteration + 1) % _REFRESH == 0:
         work.logits = objective.logits(work.theta, work.which)
-    gradient, curvature = objective.gradient(state, work.theta, work.which)
-    change = gradient - work.gradient
-    product = _dot(step, change)
-    good = product > 1e-12 * _dot(step, step).sqrt() * _dot(change, change).sqrt()
-    slot = iteration % _MEMORY
-    work.steps[slot], work.changes[slot] = step.flatten(1), change.flatten(1)
-    work.rho[slot] = torch.where(good, 1.0 / product.where(good, 1.0), 0.0)
-    work.inverse = objective.preconditioner(curvature, work.which)
-    scaled = product / _dot(change * work.inverse, change).clamp_min(1e-300)
-    work.gamma = torch.where(good, scaled.clamp(1e-3, 1e3), 1.0)
-    stuck = length == 0
+        work.inverse = objective.inverse_hessian(work.logits, work.which)
+        work.memory.remap(work.inverse, gradient.shape[1:])
+        work.mapped = work.inverse.apply(work.gradient[:, None])[:, 0]
+    mapped = work.inverse.apply(gradient[:, None])[:, 0]
+    change = (gradient - work.gradient).flatten(1)
+    work.memory.add(step.flatten(1), change, (mapped - work.mapped).flatten(1))
     # A step refused at every length came from a spoilt memory: forget it, and try the plain preconditioned gradient.
-    work.rho[:, stuck] = 0.0
-    work.gamma[stuck] = 1.0
+    stuck = length == 0
+    if bool(stuck.any()):
+        work.memory.forget(stuck)
     fell = work.value - value > 2.0 * objective.noise * work.value.abs()
     work.flat = torch.where(fell, 0, work.flat + 1)
-    work.value, work.gradient = value, gradient
-
-
-def _direction(work: _Working, iteration: int) -> Tensor:
-    """Two-loop recursion; memory slots with ``rho`` 0 drop out by themselves."""
-    q = work.gradient.flatten(1).clone()
-    slots = [i % _MEMORY for i in range(max(0, iteration - _MEMORY), iteration)]
-    alphas: dict[int, Tensor] = {}
-    for slot in reversed(slots):
-        alphas[slot] = (work.rho[slot] * torch.linalg.vecdot(work.steps[slot], q))[:, None]
-        q.addcmul_(alphas[slot], work.changes[slot], value=-1.0)
-    r = work.gamma[:, None] * work.inverse.flatten(1) * q
-    for slot in slots:
-        beta = (work.rho[slot] * torch.linalg.vecdot(work.changes[slot], r))[:, None]
-        r.addcmul_(alphas[slot] - beta, work.steps[slot])
-    return -r.view_as(work.gradient)
+    work.value, work.gradient, work.mapped = value, gradient, mapped
 
 
 def _line_search(

@@ -12,8 +12,9 @@ Relation to scikit-learn's ``LogisticRegression``, whose loss is a sum and whose
 vector: C = 1/(n λ) for K > 2 classes, and C = 2/(n λ) for K = 2.
 
 The features are centred (absorbed by the intercept) and rotated into the eigenbasis of XᵀX/n (which leaves ‖W‖²
-unchanged), where Böhning's bound on the Hessian, H ⪯ ½ (XᵀX/n) ⊗ (I − 11ᵀ/K) + λI, is diagonal and serves as
-preconditioner: one eigendecomposition per feature matrix, shared by all label sets, penalties and restarts.
+unchanged), where Böhning's bound on the Hessian, H ⪯ ½ (XᵀX/n) ⊗ (I − 11ᵀ/K) + λI, is diagonal: one
+eigendecomposition per feature matrix, shared by all label sets, penalties and restarts. Gradients are measured in the
+metric of that bound; the preconditioner is the Hessian on a sample of the rows (``class_blocks``).
 
 References: D. Böhning (1992), Multinomial logistic regression algorithm, Ann. Inst. Statist. Math. 44, 197–200;
 J. Nocedal (1980), Updating quasi-Newton matrices with limited storage, Math. Comp. 35, 773–782.
@@ -29,7 +30,15 @@ import torch
 from torch import Tensor
 
 from trace_offline.core.errors import UsageError
-from trace_offline.estimators.lbfgs import Objective, minimise
+from trace_offline.estimators.class_blocks import (
+    InverseHessian,
+    class_blocks,
+    coupled,
+    couples,
+    dense_width,
+    rows_for,
+)
+from trace_offline.estimators.lbfgs import Minimum, Objective, minimise
 
 ABSENT = -40.0
 """Intercept of a class without training rows: its maximum-likelihood value is −∞, this gives it probability < 1e-16."""
@@ -88,6 +97,7 @@ class LogisticProblems:
         self.mean = torch.stack([matrix.double().mean(0) for matrix in features])
         counts = torch.stack([torch.bincount(row, minlength=n_classes) for row in labels]).double()
         self.shares = counts / n
+        self.null: Tensor | None = None
         self._rotate(features)
 
     def _rotate(self, features: Tensor) -> None:
@@ -120,28 +130,33 @@ class LogisticProblems:
         tolerance: float = 1e-4,
         max_iterations: int = 500,
         active: Tensor | None = None,
+        exact: bool = True,
     ) -> LogisticFit:
         """Minimise every problem at ``penalty`` λ (a number, or ``[L, S]``), warm from ``start`` when given.
 
         Stops a problem when its gradient, in the norm of the preconditioner, is ``tolerance`` times that of the
         intercept-only model, or when the objective no longer falls at this precision. ``active [L, S]`` (bool)
-        leaves the other problems at their start. Deterministic. Raises UsageError unless every λ > 0.
+        leaves the other problems at their start. ``exact``: spend more on the curvature of small problems, which pays
+        at tight tolerances. Deterministic. Raises UsageError unless every λ > 0.
         """
         lam = torch.as_tensor(penalty, dtype=torch.float64, device=self.device)
         lam = lam.expand(self.n_layers, self.n_sets).reshape(-1).clone()
         if not bool((lam > 0).all() and lam.isfinite().all()):
             raise UsageError(f"logistic regression: every penalty must be a positive number, found {penalty}.")
-        chosen = torch.ones_like(lam, dtype=torch.bool) if active is None else active.reshape(-1)
-        objective = _SoftmaxObjective(self, lam)
-        found = minimise(
-            objective, self._start(start), objective.null_start(), tolerance, max_iterations, chosen.nonzero().flatten()
-        )
-        return self._fit(found.parameters, found.value, found.iterations, found.gradient_norm, found.converged, lam)
+        mask = torch.ones_like(lam, dtype=torch.bool) if active is None or start is None else active.reshape(-1)
+        which = mask.nonzero().flatten()
+        theta = self._start(start)
+        found = minimise(_SoftmaxObjective(self, lam, exact), theta[which], tolerance, max_iterations, which)
+        fit = self._fit(found, which, lam)
+        return fit if start is None or bool(mask.all()) else _choose(mask.view(self.n_layers, -1), fit, start)
 
     def _start(self, start: LogisticFit | None) -> Tensor:
         """Parameters ``[L·S, K, r+1]`` in the rotated space."""
         if start is None:
-            return _SoftmaxObjective(self, torch.zeros(self.n_layers * self.n_sets)).null_start()
+            shape = (self.n_layers, self.n_sets, self.n_classes, self.data.shape[1])
+            theta = torch.zeros(shape, dtype=torch.float64, device=self.device)
+            theta[..., -1] = torch.where(self.shares > 0, self.shares.clamp_min(1e-300).log(), ABSENT)
+            return theta.flatten(0, 1)
         weights = start.weights.double()
         rotated = torch.einsum("lskd,ldr->lskr", weights, self.basis)
         shifted = start.intercepts.double() + torch.einsum("lskd,ld->lsk", weights, self.mean)
@@ -150,11 +165,16 @@ class LogisticProblems:
         shifted = torch.where(self.shares[None] > 0, known, ABSENT)
         return torch.cat([rotated, shifted[..., None]], -1).flatten(0, 1)
 
-    def _fit(
-        self, theta: Tensor, value: Tensor, iterations: Tensor, norm: Tensor, converged: Tensor, lam: Tensor
-    ) -> LogisticFit:
+    def _fit(self, found: Minimum, which: Tensor, lam: Tensor) -> LogisticFit:
+        """Back to the features as given; problems that are not in ``which`` hold zeros."""
         shape = (self.n_layers, self.n_sets)
-        theta = theta.view(*shape, self.n_classes, -1)
+
+        def spread(values: Tensor) -> Tensor:
+            out = values.new_zeros(self.n_layers * self.n_sets, *values.shape[1:])
+            out[which] = values
+            return out.view(*shape, *values.shape[1:])
+
+        theta, value = spread(found.parameters), spread(found.value)
         weights = torch.einsum("lskr,ldr->lskd", theta[..., :-1], self.basis)
         present = (self.shares > 0)[None]
         centre = (theta[..., -1] * present).sum(-1, keepdim=True) / present.sum(-1, keepdim=True)
@@ -164,33 +184,26 @@ class LogisticProblems:
         return LogisticFit(
             weights=weights.to(self.dtype),
             intercepts=intercepts.to(self.dtype),
-            nll=value.view(shape) - ridge,
-            objective=value.view(shape),
+            nll=value - ridge,
+            objective=value,
             penalty=lam.view(shape),
-            iterations=iterations.view(shape),
-            gradient_norm=norm.view(shape),
-            converged=converged.view(shape),
+            iterations=spread(found.iterations),
+            gradient_norm=spread(found.gradient_norm),
+            converged=spread(found.converged),
         )
 
 
 class _SoftmaxObjective(Objective):
     """The objective over rotated features; one problem p = layer · S + label set, parameters ``[K, r+1]``."""
 
-    def __init__(self, problems: LogisticProblems, penalty: Tensor) -> None:
-        self.p = problems
+    def __init__(self, problems: LogisticProblems, penalty: Tensor, exact: bool) -> None:
+        self.p, self.exact = problems, exact
         self.penalty = penalty
         self.noise = 1e-7 if problems.dtype == torch.float32 else 1e-15
         ridge = torch.ones(problems.data.shape[1], dtype=torch.float64, device=problems.device)
         ridge[-1] = 0.0
         self.ridge = ridge
         self._last: tuple[Tensor, list[tuple[int, int, int]]] | None = None
-
-    def null_start(self) -> Tensor:
-        """W = 0, b = log share of each class: the optimum of the intercept-only model."""
-        p = self.p
-        theta = torch.zeros(p.n_layers, p.n_sets, p.n_classes, p.data.shape[1], dtype=torch.float64, device=p.device)
-        theta[..., -1] = torch.where(p.shares > 0, p.shares.clamp_min(1e-300).log(), ABSENT)
-        return theta.flatten(0, 1)
 
     def _slices(self, which: Tensor) -> list[tuple[int, int, int]]:
         """(layer, first, last) for the runs of ``which`` (ascending) that belong to one layer."""
@@ -209,25 +222,37 @@ class _SoftmaxObjective(Objective):
         return out
 
     def nll(self, logits: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean NLL ``[A]`` in float64 and ``log p [A, K, n]``."""
-        log_p = logits.log_softmax(1)
-        labels = self.p.labels[which % self.p.n_sets]
-        return -log_p.gather(1, labels[:, None]).sum((1, 2), dtype=torch.float64) / self.p.n_rows, log_p
+        """Mean NLL ``[A]`` in float64 and probabilities ``[A, K, n]``."""
+        labels = self.p.labels[which % self.p.n_sets][:, None]
+        probabilities = logits.softmax(1)
+        right = probabilities.gather(1, labels)
+        # One exponential for value and gradient; where the right class has underflowed its logarithm needs the long way.
+        log_p = right.log() if bool((right > 1e-30).all()) else logits.log_softmax(1).gather(1, labels)
+        return -log_p.sum((1, 2), dtype=torch.float64) / self.p.n_rows, probabilities
 
-    def gradient(self, log_p: Tensor, theta: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient(self, state: Tensor, theta: Tensor, which: Tensor) -> Tensor:
         p = self.p
         labels = p.labels[which % p.n_sets]
-        residual = log_p.exp_()
-        curvature = (residual.sum(2) - torch.linalg.vecdot(residual, residual)).double() / p.n_rows
-        residual.scatter_add_(1, labels[:, None], residual.new_full((1, 1, 1), -1.0).expand(len(which), 1, p.n_rows))
+        state.scatter_add_(1, labels[:, None], state.new_full((1, 1, 1), -1.0).expand(len(which), 1, p.n_rows))
         gradient = torch.empty_like(theta)
         for layer, first, last in self._slices(which):
-            product = residual[first:last].flatten(0, 1) @ p.data[layer].T
+            product = state[first:last].flatten(0, 1) @ p.data[layer].T
             gradient[first:last] = product.double().view(last - first, p.n_classes, -1)
         gradient /= p.n_rows
         gradient += self.penalty[which][:, None, None] * self.ridge * theta
         gradient[..., -1] *= p.shares[which % p.n_sets] > 0
-        return gradient, curvature
+        return gradient
+
+    def null_gradient(self, which: Tensor) -> Tensor:
+        """At W = 0 and the intercepts of the class shares: −Σ_{i of class k} x_i / n, as features are centred."""
+        p = self.p
+        if p.null is None:
+            onehot = torch.zeros(p.n_sets, p.n_classes, p.n_rows, dtype=p.dtype, device=p.device)
+            onehot.scatter_(1, p.labels[:, None], 1.0)
+            products = [-(onehot.flatten(0, 1) @ data.T).double() / p.n_rows for data in p.data]
+            p.null = torch.stack(products).view(p.n_layers * p.n_sets, p.n_classes, -1)
+            p.null[..., -1] = 0.0
+        return p.null[which]
 
     def ridge_terms(self, theta: Tensor, direction: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         w, d = theta[..., :-1], direction[..., :-1]
@@ -238,12 +263,24 @@ class _SoftmaxObjective(Objective):
             0.5 * lam * d.square().sum((1, 2)),
         )
 
-    def preconditioner(self, curvature: Tensor | None, which: Tensor) -> Tensor:
-        """Diagonal of the approximate inverse Hessian ``[A, K, r+1]``; Böhning's ½ when ``curvature`` is None."""
-        spectrum = self.p.spectrum[which // self.p.n_sets][:, None, :]
-        lam = (self.penalty[which][:, None] * self.ridge)[:, None, :]
-        scale = 0.5 if curvature is None else curvature.clamp(1e-4, 0.5)[:, :, None]
-        return 1.0 / (scale * spectrum + lam).expand(len(which), self.p.n_classes, -1)
+    def bound(self, which: Tensor) -> Tensor:
+        """Inverse of Böhning's bound, ``[A, K, r+1]``."""
+        spectrum = self.p.spectrum[which // self.p.n_sets]
+        inverse = 1.0 / (0.5 * spectrum + self.penalty[which][:, None] * self.ridge)
+        return inverse[:, None].expand(-1, self.p.n_classes, -1)
+
+    def inverse_hessian(self, logits: Tensor, which: Tensor) -> InverseHessian:
+        p = self.p
+        width = p.data.shape[1]
+        whole = self.exact and couples(width, len(which), p.n_classes)
+        if not whole:
+            width = dense_width(width, len(which), p.n_classes)
+        rows = rows_for(p.n_rows, width * p.n_classes if whole else width).to(p.device)
+        leading = torch.cat([p.data[:, : width - 1], p.data[:, -1:]], 1)[:, :, rows]
+        layer = which // p.n_sets
+        build = coupled if whole else class_blocks
+        ridge = self.penalty[which][:, None] * self.ridge
+        return build(logits[:, :, rows].softmax(1), leading[layer], p.spectrum[layer], ridge)
 
 
 def fit_logistic(
@@ -289,7 +326,7 @@ def fit_path(
         active = risen < patience
         if not bool(active.any()):
             break
-        running = problems.solve(penalty, running, tolerance, max_iterations, active)
+        running = problems.solve(penalty, running, tolerance, max_iterations, active, exact=False)
         score = torch.where(active, _heldout_nll(running, validation, validation_labels), math.inf)
         better = score < best
         chosen = running if chosen is None else _choose(better, running, chosen)
