@@ -55,8 +55,13 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None) -> Summar
         trust_remote_code=options.trust_remote_code,
     )
     local = next((item for item in chosen if item.layout != "hub"), None)
-    if local is not None:
-        check_tokenizer_of(Unit(local, (), settings), evaluation)
+
+    def fits() -> None:
+        if local is not None:
+            check_tokenizer_of(Unit(local, (), settings), evaluation)
+
+    if not Path(options.store).exists():
+        fits()  # before anything is made; later only when there is something to do, for it loads transformers
 
     summary = Summary(run, Path(options.store), len(chosen))
     summary.set_aside = [f"{item.location}: {item.state.value}: {item.reason}" for item in found
@@ -82,7 +87,7 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None) -> Summar
         def register(item: Checkpoint) -> None:
             writer.register_checkpoints(run, short_names(options.source, _with_model([item], options)))
 
-        Execution(planner, series, writer, summary, jobs, progress, register).run(chosen)
+        Execution(planner, series, writer, summary, jobs, progress, register, fits).run(chosen)
     summary.seconds = time.monotonic() - started
     return summary
 

@@ -60,7 +60,11 @@ class Summary:
 
 @dataclass
 class Execution:
-    """One run of what is missing. ``register``: stores a checkpoint whose fingerprint became known on the way."""
+    """One run of what is missing.
+
+    ``register``: stores a checkpoint whose fingerprint became known on the way. ``check``: raises when checkpoint and
+    evaluation set do not belong together; called only when there is something to do.
+    """
 
     planner: Planner
     series: SeriesPlan
@@ -69,6 +73,7 @@ class Execution:
     jobs: int
     progress: Progress
     register: Callable[[Checkpoint], None]
+    check: Callable[[], None]
     _names: dict[str, str] = field(default_factory=dict)
     _identities: dict[str, dict[str, Any]] = field(default_factory=dict)
     _arrived: deque[Checkpoint] = field(default_factory=deque)
@@ -92,6 +97,7 @@ class Execution:
         self._count_done(chosen, pending, units)
         if todo + comparisons == 0:
             return
+        self.check()
         self.progress.start(todo + comparisons, len(chosen) if pending else len(units) + len(remote))
         final = {id(item): item for item in chosen}
         try:
