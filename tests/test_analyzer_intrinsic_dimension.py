@@ -13,17 +13,20 @@ import pytest
 import torch
 from analyzer_fakes import FakeEvaluation, one, run
 
+from trace_offline.analyzers._dimension_points import eligible, sample
 from trace_offline.analyzers.base import Context
-from trace_offline.analyzers.intrinsic_dimension import IntrinsicDimensionAnalyzer, _eligible, _sample
+from trace_offline.analyzers.intrinsic_dimension import IntrinsicDimensionAnalyzer
 from trace_offline.core.errors import NotApplicable, UsageError
 from trace_offline.core.params import parse_params
+from trace_offline.core.types import Measurement
+from trace_offline.estimators.gride import gride
 from trace_offline.estimators.mle_dimension import mle_dimension
 from trace_offline.estimators.neighbors import nearest_neighbors
 from trace_offline.estimators.pca_dimension import covariance_spectrum, participation_ratio
 from trace_offline.estimators.twonn import neighbor_log_ratios, twonn_fit, twonn_maximum_likelihood
 
 PAD, BOS = 0, 1
-VALUES = ("twonn", "twonn_ml", "mle", "pca_participation_ratio", "pca_90", "pca_99")
+VALUES = ("twonn", "twonn_ml", "mle", "gride", "pca_participation_ratio", "pca_90", "pca_99")
 
 
 def evaluation(n: int = 100, length: int = 12, seed: int = 0, **more: Any) -> FakeEvaluation:
@@ -56,7 +59,7 @@ def test_numbers_are_those_of_the_estimators_on_all_tokens() -> None:
     fake = evaluation()
     hidden = states(fake, (2, 5))
     results, arrays = run(IntrinsicDimensionAnalyzer(), fake, hidden=hidden, k=10)
-    assert arrays == []
+    assert {array.name for array in arrays} == {"gride", "gride_scales", "gride_distances", "gride_stderr"}
     keep = fake.attention_mask.clone()
     keep[:, 0] = False
     for layer, dimension in enumerate((2, 5)):
@@ -67,6 +70,7 @@ def test_numbers_are_those_of_the_estimators_on_all_tokens() -> None:
             "twonn": twonn_fit(neighbor_log_ratios(squared)),
             "twonn_ml": twonn_maximum_likelihood(neighbor_log_ratios(squared)),
             "mle": mle_dimension(squared),
+            "gride": gride(nearest_neighbors(points, 16).squared_distances.numpy(), 8, 16),
             "pca_participation_ratio": participation_ratio(spectrum),
             "n_points": len(points),
             "n_distinct": len(points),
@@ -82,7 +86,7 @@ def test_numbers_are_those_of_the_estimators_on_all_tokens() -> None:
             stderr = one(results, metric, layer=layer).stderr
             assert stderr is not None
             assert 0 <= stderr < 0.2 * dimension
-    assert len(results) == 2 * 8
+    assert len(results) == 2 * 9
 
 
 def test_the_sample_is_the_same_at_every_checkpoint_and_follows_the_seed() -> None:
@@ -101,13 +105,13 @@ def test_the_sample_is_the_same_at_every_checkpoint_and_follows_the_seed() -> No
 
 def test_every_eligible_token_is_as_likely_as_any_other() -> None:
     fake = evaluation(n=30)
-    rows, positions = _eligible(fake)  # type: ignore[arg-type]
+    rows, positions = eligible(fake)  # type: ignore[arg-type]
     assert (positions > 0).all()
     assert fake.attention_mask.numpy()[rows, positions].all()
     assert len(rows) == int(fake.attention_mask.sum()) - 30
     drawn = np.zeros(len(rows))
     for seed in range(400):
-        keep = _sample(len(rows), 60, np.random.default_rng(seed))
+        keep = sample(len(rows), 60, np.random.default_rng(seed))
         assert len(np.unique(keep)) == 60
         drawn[keep] += 1
     share = 60 / len(rows)
@@ -173,7 +177,7 @@ def test_precision_of_the_network_sets_what_counts_as_one_point(rounding: float,
             )
         )
         context.collected = {"tokens": collector.finish()}
-        found = {m.metric: m.value for m in analyzer.measure(context)}  # type: ignore[union-attr]
+        found = {m.metric: m.value for m in analyzer.measure(context) if isinstance(m, Measurement)}  # type: ignore[union-attr]
         counts[dtype] = (found["n_points"], found["n_distinct"])
     for dtype, (n_points, n_distinct) in counts.items():
         assert n_distinct == n_points / (2 if dtype in merged else 1)
@@ -330,7 +334,7 @@ def test_real_networks(stories_model: Any) -> None:
             for layer, seen in enumerate(out.hidden_states):
                 hidden[layer].append(seen)
     results, _ = run(IntrinsicDimensionAnalyzer(), fake, hidden=tuple(torch.cat(part) for part in hidden))
-    rows, positions = _eligible(fake)  # type: ignore[arg-type]
+    rows, positions = eligible(fake)  # type: ignore[arg-type]
     contexts = [tuple(ids[row, : position + 1].tolist()) for row, position in zip(rows, positions, strict=True)]
     n_contexts = len(set(contexts))
     assert n_contexts < len(contexts) - 6 * 58
