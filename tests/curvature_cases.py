@@ -88,3 +88,8 @@ def tied_case(dtype: torch.dtype = torch.float64, sequences: int = 6, seed: int 
 
 def exact_negative_share(values: np.ndarray) -> float:
     return float(-values[values < 0].sum() / np.abs(values).sum())
+
+
+def exact_effective_rank(values: np.ndarray) -> float:
+    shares = np.abs(values)[values != 0] / np.abs(values).sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from analyzer_fakes import FakeEvaluation, one
-from curvature_cases import TiedNet, exact_negative_share, generator
+from curvature_cases import TiedNet, exact_effective_rank, exact_negative_share, generator
 from tiny_models import ARCHITECTURES, VOCABULARY, unknown_net
 from torch import nn
 from torch.nn import functional
@@ -21,7 +21,7 @@ from trace_offline.core.errors import EvaluationSetError, NotApplicable
 from trace_offline.core.params import parse_params
 from trace_offline.core.types import Array, Measurement, Result
 
-FEW = {"k": 3, "slq_probes": 3, "slq_steps": 4, "max_sequences": 4}
+FEW = {"k": 3, "slq_probes": 3, "slq_steps": 4, "trace_probes": 5, "max_sequences": 4}
 
 
 def evaluation(vocabulary: int = 7, rows: int = 12, length: int = 6, seed: int = 1, **options: Any) -> FakeEvaluation:
@@ -117,13 +117,24 @@ def test_numbers_against_the_dense_hessian(options: dict[str, Any], rtol: float)
     for label, number in [*((str(r + 1), top[r]) for r in range(10)), ("smallest", exact[-1])]:
         assert np.abs(exact - number).min() <= value(found, "residual", label) + 1e-5 * exact[0]
     trace = one(numbers(found), "trace")
-    assert trace.n == 12
+    assert trace.n == 24
     assert abs(trace.value - exact.sum()) < 3 * trace.stderr
+    square = one(numbers(found), "trace_square")
+    assert abs(square.value - (exact**2).sum()) < 3 * square.stderr + 3e-3 * (exact**2).sum()
+    ratio = one(numbers(found), "participation_ratio")
+    assert abs(ratio.value - exact.sum() ** 2 / (exact**2).sum()) < 3 * ratio.stderr
+    rank = one(numbers(found), "effective_rank")
+    assert abs(rank.value - exact_effective_rank(exact)) < 3 * rank.stderr
+    assert value(found, "hessian_gradient_norm") == pytest.approx(np.linalg.norm(dense @ gradient), rel=1e-4)
+    top_vectors = np.linalg.eigh(dense)[1][:, ::-1][:, :10]
+    share = ((top_vectors.T @ gradient) ** 2).sum() / (gradient @ gradient)
+    assert value(found, "gradient_top_overlap") == pytest.approx(share, rel=2e-3)
+    assert value(found, "gradient_top_overlap_chance") == 10 / len(exact)
     mass = one(numbers(found), "negative_mass")
     assert abs(mass.value - exact_negative_share(exact)) < 3 * mass.stderr
     grid, density = array(found, "density_grid"), array(found, "density")
     assert np.trapezoid(density, grid) == pytest.approx(1, abs=1e-5)
-    assert len(exact) * np.trapezoid(grid * density, grid) == pytest.approx(trace.value, rel=1e-5)
+    assert len(exact) * np.trapezoid(grid * density, grid) == pytest.approx(exact.sum(), rel=0.15)
     fraction = float(np.mean(exact < -1e-5 * exact[0]))
     assert value(found, "negative_fraction_lower") - 0.1 <= fraction <= value(found, "negative_fraction_upper") + 0.1
     means = []
@@ -131,10 +142,10 @@ def test_numbers_against_the_dense_hessian(options: dict[str, Any], rtol: float)
         weights = array(found, "slq_weights", str(probe))
         assert weights.sum() == pytest.approx(1)
         means.append(weights @ array(found, "slq_nodes", str(probe)))
-    assert len(exact) * np.mean(means) == pytest.approx(trace.value)
+    assert len(exact) * np.trapezoid(grid * density, grid) == pytest.approx(len(exact) * np.mean(means), rel=1e-5)
     ritz = array(found, "ritz")
     assert len(ritz) == len(array(found, "ritz_residual"))
-    assert value(found, "products") == len(ritz) + 12 * 15 + 1
+    assert value(found, "products") == len(ritz) + 12 * 15 + 12 + 1
 
 
 def causal_reference(module: nn.Module, data: FakeEvaluation) -> float:
@@ -250,7 +261,7 @@ def test_non_finite_curvature_keeps_the_loss() -> None:
     found = numbers(analyze(Broken("infinite curvature"), evaluation(), **FEW))
     assert one(found, "batch_loss").value is not None
     assert one(found, "gradient_norm").value is not None
-    for metric in ("trace", "smallest_eigenvalue", "gradient_curvature"):
+    for metric in ("trace", "smallest_eigenvalue", "gradient_curvature", "gradient_top_overlap", "effective_rank"):
         assert "not finite" in one(found, metric).reason
 
 
@@ -258,7 +269,11 @@ def test_a_zero_hessian_and_fewer_parameters_than_k() -> None:
     found = numbers(analyze(Broken("flat"), evaluation(), k=9, slq_probes=2, slq_steps=2))
     assert one(found, "gradient_curvature").reason == "the gradient is zero: it has no direction"
     assert one(found, "negative_mass").reason == "the operator is zero: there is no curvature to share out"
-    assert one(found, "trace").value == 0
+    assert one(found, "trace").value == one(found, "trace_square").value == 0
+    for metric in ("participation_ratio", "effective_rank"):
+        assert one(found, metric).reason == "the operator is zero: there is no curvature to share out"
+    assert one(found, "hessian_gradient_norm").value == 0
+    assert one(found, "gradient_top_overlap").reason == "the gradient is zero: it has no direction"
     assert [one(found, "eigenvalue", label=str(r)).value for r in range(1, 8)] == [0.0] * 7
     assert one(found, "eigenvalue", label="8").reason == "the network has only 7 parameters"
 
@@ -268,7 +283,11 @@ def test_softmax_of_one_bias_has_its_closed_form() -> None:
     found = analyze(Broken("bias"), evaluation(), k=7, slq_probes=2, slq_steps=2)
     assert [value(found, "eigenvalue", str(r)) for r in range(1, 8)] == pytest.approx([1 / 7] * 6 + [0], abs=1e-6)
     assert value(found, "trace") == pytest.approx(6 / 7, abs=1e-6)
-    assert one(numbers(found), "trace").stderr == 0
+    assert one(numbers(found), "trace").stderr == one(numbers(found), "trace_square").stderr == 0
+    assert value(found, "trace_square") == pytest.approx(6 / 49, abs=1e-6)
+    assert value(found, "participation_ratio") == pytest.approx(6, abs=1e-4)
+    assert value(found, "effective_rank") == pytest.approx(6, abs=1e-3)
+    assert value(found, "gradient_top_overlap") == pytest.approx(1, abs=1e-6)
     assert value(found, "smallest_eigenvalue") == pytest.approx(0, abs=1e-6)
 
 
@@ -298,6 +317,7 @@ def test_too_few_steps_give_a_reason_not_a_number() -> None:
     assert last.value is None
     assert "not converged after 6 products" in last.reason
     assert "raise max_steps" in last.reason
+    assert "not all k eigenvectors converged" in one(found, "gradient_top_overlap").reason
     assert one(found, "residual", label="5").value > 0
     fewer = numbers(analyze(tied_net(), evaluation(), k=5, max_steps=3, slq_steps=2))
     assert one(fewer, "eigenvalue", label="4").reason.startswith("not reached in 3 products; raise max_steps")

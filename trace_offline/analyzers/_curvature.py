@@ -20,6 +20,7 @@ from trace_offline.analyzers._curvature_batch import (
 )
 from trace_offline.core.errors import NotApplicable
 from trace_offline.core.types import Array, Measurement, Result
+from trace_offline.estimators.hutchpp import Moments, complement_moments, mean_of, participation_ratio
 from trace_offline.estimators.hvp import HessianOperator, NonFiniteError, require_gradients
 from trace_offline.estimators.lanczos import Eigenpairs, Spectrum, extreme_eigenpairs
 from trace_offline.estimators.slq import Estimate, Quadrature, spectral_quadrature
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from trace_offline.evaluation.evaluation_set import EvaluationSet
 
 COMPONENT = "all"
+ZERO_GRADIENT = "the gradient is zero: it has no direction"
 
 # Below this share of the largest |λ| the sign of an eigenvalue is rounding.
 _ZERO = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -92,9 +94,9 @@ def affordable_steps(n: int, itemsize: int, params: HessianAnalyzer.Params) -> i
 def _second_order(
     operator: HessianOperator, params: HessianAnalyzer.Params, steps: int, sequences: int, seed: int
 ) -> Iterator[Result]:
-    yield _gradient_curvature(operator, sequences)
-    # Two independent streams: the probes must not depend on how many start vectors the search for eigenvalues drew.
-    search_seed, probe_seed = (int(child.generate_state(1)[0]) for child in np.random.SeedSequence(seed).spawn(2))
+    yield from gradient_curvature(operator, sequences)
+    # Independent streams: the probes must not depend on how many start vectors the search for eigenvalues drew.
+    search_seed, probe_seed, trace_seed = streams(seed, 3)
     search = torch.Generator().manual_seed(search_seed)
     spectrum = extreme_eigenpairs(
         operator, largest=params.k, smallest=1, tolerance=params.tolerance, max_steps=steps, generator=search
@@ -108,21 +110,54 @@ def _second_order(
         exact_values=known.values,
         exact_vectors=known.vectors,
     )
+    extra = complement_moments(
+        operator,
+        max(0, params.trace_probes - params.slq_probes),
+        torch.Generator().manual_seed(trace_seed),
+        known.vectors,
+    )
     spectrum = _without_gaps(operator, spectrum, quadrature, params, steps, search)
     yield from _eigenvalues(spectrum, params.k, operator.n, sequences)
+    yield from gradient_overlap(operator, spectrum, params.k, sequences)
+    yield from _moments(quadrature, extra, known)
     yield from _distribution(quadrature, params, operator.dtype)
     yield Array("ritz", tuple(spectrum.ritz.tolist()), component=COMPONENT)
     yield Array("ritz_residual", tuple(spectrum.ritz_residuals.tolist()), component=COMPONENT)
 
 
-def _gradient_curvature(operator: HessianOperator, sequences: int) -> Measurement:
-    square = float(torch.dot(operator.gradient, operator.gradient))
+def streams(seed: int, count: int) -> list[int]:
+    """Seeds of ``count`` independent streams; the first ones do not depend on how many there are."""
+    return [int(child.generate_state(1)[0]) for child in np.random.SeedSequence(seed).spawn(count)]
+
+
+def gradient_curvature(operator: HessianOperator, sequences: int) -> Iterator[Measurement]:
+    """``gᵀHg / gᵀg`` and ``‖Hg‖`` from one product."""
+    gradient = operator.gradient
+    square = float(torch.dot(gradient, gradient))
     if square == 0:
-        return _missing("gradient_curvature", "the gradient is zero: it has no direction", sequences)
-    value = float(torch.dot(operator.gradient, operator.product(operator.gradient))) / square
+        yield _missing("gradient_curvature", ZERO_GRADIENT, sequences)
+        yield _plain("hessian_gradient_norm", 0.0, sequences)
+        return
+    image = operator.product(gradient)
+    value = float(torch.dot(gradient, image)) / square
     if not np.isfinite(value):
         raise NonFiniteError(f"the Hessian times the gradient is not finite ({value})")
-    return _plain("gradient_curvature", value, sequences)
+    yield _plain("gradient_curvature", value, sequences)
+    yield _plain("hessian_gradient_norm", float(torch.linalg.vector_norm(image)), sequences)
+
+
+def gradient_overlap(operator: HessianOperator, spectrum: Spectrum, k: int, sequences: int) -> Iterator[Measurement]:
+    """``‖P_k g‖² / ‖g‖²``: the share of the squared gradient in the span of the k largest eigenvalues' vectors."""
+    largest, metric = spectrum.largest, "gradient_top_overlap"
+    square = float(torch.dot(operator.gradient, operator.gradient))
+    if square == 0:
+        yield _missing(metric, ZERO_GRADIENT, sequences)
+    elif len(largest) < min(k, operator.n) or not largest.converged.all():
+        yield _missing(metric, "not all k eigenvectors converged; raise max_steps (and max_basis_gb)", sequences)
+    else:
+        share = float((largest.vectors @ operator.gradient).double().square().sum()) / square
+        yield _plain(metric, min(share, 1.0), sequences)
+    yield _plain("gradient_top_overlap_chance", min(k, operator.n) / operator.n, sequences)
 
 
 def _converged(pairs: Eigenpairs) -> Eigenpairs:
@@ -188,13 +223,41 @@ def _eigenvalues(spectrum: Spectrum, k: int, n: int, sequences: int) -> Iterator
         yield _missing("eigenvalue", reason, sequences, str(rank + 1))
 
 
+def _moments(quadrature: Quadrature, extra: Moments, known: Eigenpairs) -> Iterator[Measurement]:
+    """Tr H, Tr H² and the participation ratio from the probes of the density and the extra ones together."""
+    first = np.concatenate((quadrature.samples(lambda points: points), extra.first + known.values.sum()))
+    # Tr H² of the found part is Σ‖Hq‖² + ‖PHQ‖²; what an approximate vector leaves outside is its residual, twice.
+    found = float((known.values**2 + 2 * known.residuals**2).sum())
+    second = np.concatenate(
+        (
+            quadrature.samples(np.square) + 2 * float((known.residuals**2).sum()),
+            extra.second + found,
+        )
+    )
+    if quadrature.probes == 0:
+        yield _estimated("trace", Estimate(float(first[0]), 0.0, 0))
+        yield _estimated("trace_square", Estimate(float(second[0]), 0.0, 0))
+    else:
+        yield _estimated("trace", mean_of(first))
+        yield _estimated("trace_square", mean_of(second))
+    try:
+        ratio = participation_ratio(first, second)
+        exact = quadrature.probes == 0
+        yield _estimated("participation_ratio", Estimate(ratio.value, 0.0, 0) if exact else ratio)
+    except ZeroDivisionError as error:
+        yield _missing("participation_ratio", str(error), len(first))
+
+
 def _distribution(quadrature: Quadrature, params: HessianAnalyzer.Params, dtype: torch.dtype) -> Iterator[Result]:
     probes = quadrature.probes
-    yield _estimated("trace", quadrature.trace())
-    try:
-        yield _estimated("negative_mass", quadrature.negative_share())
-    except ZeroDivisionError as error:
-        yield _missing("negative_mass", str(error), probes)
+    for metric, function in (
+        ("negative_mass", quadrature.negative_share),
+        ("effective_rank", quadrature.effective_rank),
+    ):
+        try:
+            yield _estimated(metric, function())
+        except ZeroDivisionError as error:
+            yield _missing(metric, str(error), probes)
     low, high = quadrature.mass_below_bounds(-_ZERO[dtype] * quadrature.scale)
     yield _plain("negative_fraction_lower", low, probes)
     yield _plain("negative_fraction_upper", high, probes)
@@ -210,8 +273,13 @@ def _distribution(quadrature: Quadrature, params: HessianAnalyzer.Params, dtype:
 _FIRST = ("batch_loss", "gradient_norm")
 _SECOND = (
     "gradient_curvature",
+    "hessian_gradient_norm",
+    "gradient_top_overlap",
     "smallest_eigenvalue",
     "trace",
+    "trace_square",
+    "participation_ratio",
+    "effective_rank",
     "negative_mass",
     "negative_fraction_lower",
     "negative_fraction_upper",

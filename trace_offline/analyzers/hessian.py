@@ -24,18 +24,21 @@ if TYPE_CHECKING:
 class HessianAnalyzer(Analyzer):
     """How curved the loss is at this checkpoint, and in how many directions.
 
-    Standard errors: those of ``trace`` and ``negative_mass`` are over the random probe vectors (n = probes) and say how
-    well the number of *this* part of the evaluation set is known. How the curvature varies with the data is not
-    estimated in this version, so all other numbers have no standard error; their n is the number of sequences.
+    Standard errors: those of ``trace``, ``trace_square``, ``participation_ratio``, ``effective_rank`` and
+    ``negative_mass`` are over the random probe vectors (n = probes) and say how well the number of *this* part of the
+    evaluation set is known. How the curvature varies with the data is not estimated here (see
+    ``train_heldout_curvature``), so all other numbers have no standard error; their n is the number of sequences.
     """
 
     name = "hessian"
-    version = "1"
-    summary = "eigenvalues, trace, spectral density, negative mass of the loss Hessian; gradient norm and curvature"
+    version = "2"
+    summary = "eigenvalues, trace, effective rank, density, negative mass of the loss Hessian; gradient and curvature"
     reference = (
         "Pearlmutter 1994, Fast Exact Multiplication by the Hessian (products); Golub & Van Loan, Matrix Computations, "
         "10.1 (Lanczos); Ghorbani, Krishnan & Xiao 2019, arXiv:1901.10159, and Ubaru, Chen & Saad 2017 (stochastic "
-        "Lanczos quadrature); Papyan 2018, arXiv:1811.07062 (deflation)"
+        "Lanczos quadrature); Papyan 2018, arXiv:1811.07062 (deflation); "
+        "Meyer, Musco, Musco & Woodruff 2021, arXiv:2010.09649 (Hutch++: trace of a subspace exactly, of the rest by "
+        "probes); Roy & Vetterli 2007 (effective rank)"
     )
     needs = frozenset({Need.LOSS_GRADIENTS, Need.LABELS})
     metrics = (
@@ -49,7 +52,20 @@ class HessianAnalyzer(Analyzer):
             "nats",
             "|Hv - λv| of each eigenpair, label = its rank or 'smallest': an eigenvalue lies within this distance",
         ),
-        MetricSpec("trace", "nats", "trace of the Hessian: the found eigenpairs exactly, the rest by random probes"),
+        MetricSpec(
+            "trace",
+            "nats",
+            "trace of the Hessian: the found eigenpairs exactly, the rest by n random probes; 95 %: ± t(n − 1) stderr",
+        ),
+        MetricSpec("trace_square", "nats²", "trace of the squared Hessian, the sum of all squared eigenvalues"),
+        MetricSpec(
+            "participation_ratio", "directions", "Tr(H)² / Tr(H²): number of directions if all curved alike and upwards"
+        ),
+        MetricSpec(
+            "effective_rank",
+            "directions",
+            "exp of the entropy of |λ| / Σ|λ|: number of directions that the absolute curvature is spread over",
+        ),
         MetricSpec(
             "negative_mass",
             "1",
@@ -67,6 +83,13 @@ class HessianAnalyzer(Analyzer):
         ),
         MetricSpec("gradient_norm", "nats", "Euclidean norm of the gradient of batch_loss"),
         MetricSpec("gradient_curvature", "nats", "curvature along the gradient, gᵀHg / gᵀg"),
+        MetricSpec("hessian_gradient_norm", "nats", "|Hg|, the norm of the Hessian times the gradient"),
+        MetricSpec(
+            "gradient_top_overlap",
+            "1",
+            "share of the squared gradient in the span of the k largest eigenvalues' vectors, |P_k g|² / |g|²",
+        ),
+        MetricSpec("gradient_top_overlap_chance", "1", "what a random direction would give, k / parameters"),
         MetricSpec("products", "products", "Hessian-vector products used by this analysis"),
         MetricSpec("parameters", "parameters", "order n of the Hessian: floating parameters, tied ones once"),
     )
@@ -84,16 +107,24 @@ class HessianAnalyzer(Analyzer):
         max_steps: int = Field(
             150, ge=1, le=5000, description="most products for the eigenvalues; the basis holds as many vectors"
         )
-        slq_probes: int = Field(8, ge=2, le=1000, description="random vectors for trace, density and negative mass")
+        slq_probes: int = Field(
+            8, ge=2, le=1000, description="random vectors for density, effective rank and negative mass"
+        )
         slq_steps: int = Field(
             10, ge=2, le=1000, description="Lanczos steps for each of them: resolution of the density"
+        )
+        trace_probes: int = Field(
+            24,
+            ge=2,
+            le=10000,
+            description="random vectors for the traces: those of the density, and further ones of one product each",
         )
         grid_points: int = Field(1024, ge=64, le=65536, description="length of the arrays density_grid and density")
         broadening: float = Field(
             0.01, gt=0, le=1, description="width of the density's Gaussian kernel, as a share of λ_max − λ_min"
         )
         max_sequences: int = Field(16, ge=1, description="most sequences of the evaluation set in the loss")
-        max_tokens: int = Field(8192, ge=1, description="most tokens of the evaluation set in the loss")
+        max_tokens: int = Field(2048, ge=1, description="most tokens of the evaluation set in the loss")
         micro_batch: int | None = Field(
             None, ge=1, description="sequences differentiated together; None: as many as max_graph_gb allows"
         )
