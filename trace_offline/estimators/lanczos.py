@@ -52,7 +52,8 @@ class Spectrum:
     """What Lanczos found: the wanted ``pairs`` (largest first), all Ritz values, and what it cost.
 
     ``ritz`` and ``ritz_residuals`` are all Ritz values (descending) with their residuals; the inner ones are no
-    eigenvalues. ``complete``: the basis spans the whole space, so ``ritz`` is the exact spectrum.
+    eigenvalues. ``complete``: the basis spans the whole space, so ``ritz`` is the exact spectrum. ``restarts``: how
+    often a bounded basis was compressed on the way.
     """
 
     pairs: Eigenpairs
@@ -62,6 +63,7 @@ class Spectrum:
     ritz_residuals: Floats
     products: int
     complete: bool
+    restarts: int = 0
 
     @property
     def largest(self) -> Eigenpairs:
@@ -184,7 +186,7 @@ class _Search:
             return False
         order = np.argsort(-values, kind="stable")
         _, converged = self._accuracy(values[order], residuals[order])
-        return bool(converged[_wanted(len(values), self.largest, self.smallest)].all())
+        return bool(converged[wanted_places(len(values), self.largest, self.smallest)].all())
 
     def _nothing_beyond(self, *, wanted_too: bool) -> bool:
         """Does the current block, begun in the complement of earlier finds, prove that nothing better is left there?
@@ -203,7 +205,7 @@ class _Search:
             return False
         places = np.arange(start, stop)
         if not wanted_too:
-            places = np.setdiff1d(places, order[_wanted(len(values), self.largest, self.smallest)])
+            places = np.setdiff1d(places, order[wanted_places(len(values), self.largest, self.smallest)])
         if not len(places):
             return wanted_too
         # Residuals, not estimated errors: a gap to values the block has not seen yet would be no gap.
@@ -214,9 +216,7 @@ class _Search:
         return not (above or below)
 
     def _accuracy(self, values: Floats, residuals: Floats) -> tuple[Floats, NDArray[np.bool_]]:
-        share = np.full(len(values), _SMALL_LARGEST)
-        share[max(self.largest, len(values) - self.smallest) :] = _SMALL_SMALLEST
-        return _accuracy(values, residuals, self.tolerance, share)
+        return ritz_accuracy(values, residuals, self.tolerance, self.largest, self.smallest)
 
     def _all(self) -> tuple[Floats, Floats]:
         # Blocks before the current one do not change any more: solve each once.
@@ -235,7 +235,7 @@ class _Search:
         values, residuals = self._all()
         order = np.argsort(-values, kind="stable")
         errors, converged = self._accuracy(values[order], residuals[order])
-        wanted = _wanted(len(values), self.largest, self.smallest)
+        wanted = wanted_places(len(values), self.largest, self.smallest)
         pairs = Eigenpairs(
             values[order][wanted],
             residuals[order][wanted],
@@ -269,18 +269,22 @@ class _Search:
         return rows
 
 
-def _wanted(total: int, largest: int, smallest: int) -> NDArray[np.intp]:
+def wanted_places(total: int, largest: int, smallest: int) -> NDArray[np.intp]:
     """Places of the wanted values in a descending list: both ends, none twice."""
     places = np.arange(total)
     return places[(places < largest) | (places >= total - smallest)]
 
 
-def _accuracy(values: Floats, residuals: Floats, tolerance: float, share: Floats) -> tuple[Floats, NDArray[np.bool_]]:
+def ritz_accuracy(
+    values: Floats, residuals: Floats, tolerance: float, largest: int, smallest: int
+) -> tuple[Floats, NDArray[np.bool_]]:
     """Estimated errors and convergence of Ritz values in descending order.
 
     Values closer to each other than their residuals are one cluster: its eigenvalues, as a set, are off by at most
     ``R²/gap``, R the joint residual and gap the distance to what is not of the cluster (Parlett 11.7).
     """
+    share = np.full(len(values), _SMALL_LARGEST)
+    share[max(largest, len(values) - smallest) :] = _SMALL_SMALLEST
     scale = float(np.abs(values).max())
     new = -np.diff(values) > np.maximum(residuals[1:], residuals[:-1])
     cluster = np.concatenate(([0], np.cumsum(new)))
