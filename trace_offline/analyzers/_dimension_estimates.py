@@ -201,9 +201,10 @@ def _by_sample_size(
         FEWEST_LEVELS,
         curve_levels,
         extrapolated_dimension,
+        extrapolation_weights,
         sample_size_curve,
     )
-    from trace_offline.estimators.subsampling import subsample_stderr
+    from trace_offline.estimators.subsampling import subsample_covariance
 
     n, k, seed = len(points), context.params.k, context.seed
     levels = curve_levels(n, smallest=SMALLEST_CURVE)
@@ -217,8 +218,7 @@ def _by_sample_size(
 
     def statistics(part: np.ndarray) -> Sequence[float]:
         at = curve_of(points[torch.from_numpy(part).to(points.device)])
-        tail = [extrapolated_dimension(at.twonn_ml, at.squared_distance)] if limit is not None else []
-        return [*at.twonn, *at.twonn_ml, *tail]
+        return [*at.twonn, *at.twonn_ml]
 
     try:
         curve = curve_of(points, known)
@@ -233,29 +233,27 @@ def _by_sample_size(
     }
     if len(curve.mle):
         arrays["curve_mle"] = tuple(map(float, curve.mle))
-    limit, reason = None, None
+    limit, weights, reason = None, None, None
     try:
         limit = extrapolated_dimension(curve.twonn_ml, curve.squared_distance)
+        weights = extrapolation_weights(curve.twonn_ml, curve.squared_distance)
     except ValueError as error:
         reason = str(error)
-    full = [*curve.twonn, *curve.twonn_ml, *([limit] if limit is not None else [])]
     try:
-        errors = subsample_stderr(
-            statistics,
-            full,
-            n,
-            subsamples=context.params.subsamples,
-            smallest=SMALLEST,
-            seed=seed,
-            clusters=clusters,
+        covariance = subsample_covariance(
+            statistics, n, subsamples=context.params.subsamples, smallest=SMALLEST, seed=seed, clusters=clusters
         )
     except ValueError:
-        errors = None
-    if errors is None:
+        # As above: a degenerate part leaves the curve without standard errors.
+        covariance = None
+    if covariance is None:
         return Estimate(limit, None, reason), arrays
-    arrays["curve_twonn_stderr"] = tuple(errors[:levels])
-    arrays["curve_twonn_ml_stderr"] = tuple(errors[levels : 2 * levels])
-    return Estimate(limit, errors[-1] if limit is not None else None, reason), arrays
+    relative = np.sqrt(np.diag(covariance))
+    arrays["curve_twonn_stderr"] = tuple(map(float, curve.twonn * relative[:levels]))
+    arrays["curve_twonn_ml_stderr"] = tuple(map(float, curve.twonn_ml * relative[levels:]))
+    if limit is None or weights is None:
+        return Estimate(None, None, reason), arrays
+    return Estimate(limit, limit * float(np.sqrt(weights @ covariance[levels:, levels:] @ weights)), None), arrays
 
 
 def _by_spectrum(points: np.ndarray, clusters: np.ndarray | None, seed: int) -> dict[str, Estimate]:

@@ -50,6 +50,41 @@ def partition(
     return [np.flatnonzero(owner[codes] == part) for part in range(parts)]
 
 
+def subsample_covariance(
+    statistics: Callable[[np.ndarray], Sequence[float]],
+    n: int,
+    *,
+    subsamples: int = 20,
+    smallest: int = 50,
+    seed: int = 0,
+    clusters: np.ndarray | None = None,
+) -> np.ndarray | None:
+    """Covariance ``[S, S]`` of the *relative* errors of S positive √n-consistent statistics of n points.
+
+    ``statistics(indices)`` computes the values on a part of the points; ``subsamples`` parts are looked at in all. With
+    parts of m_g points and values θ_g the entry of two statistics is the average over partitions of
+    ``Σ_g m_g (θ_g/θ̄ − 1)(θ'_g/θ̄' − 1) / (G − 1) / n``. Parts are a fifth of the points, or larger where a fifth would
+    be fewer than ``smallest``.
+
+    Returns None where two parts of ``smallest`` points cannot be had. ``clusters`` as in ``partition``.
+    """
+    independent = n if clusters is None else len(np.unique(clusters))
+    parts = min(5, n // smallest, independent // 2)
+    if parts < 2:
+        return None
+    generator = np.random.default_rng(seed)
+    covariances = []
+    for _ in range(-(-subsamples // parts)):
+        chosen = partition(n, parts, generator, clusters)
+        if min(len(part) for part in chosen) < smallest // 2:
+            return None
+        sizes = np.array([len(part) for part in chosen], np.float64)[:, None]
+        found = np.array([statistics(part) for part in chosen], np.float64)
+        relative = found / ((sizes * found).sum(0) / n) - 1
+        covariances.append((sizes * relative).T @ relative / (parts - 1) / n)
+    return np.asarray(np.mean(covariances, axis=0))
+
+
 def subsample_stderr(
     statistics: Callable[[np.ndarray], Sequence[float]],
     full: Sequence[float],
@@ -60,31 +95,17 @@ def subsample_stderr(
     seed: int = 0,
     clusters: np.ndarray | None = None,
 ) -> list[float] | None:
-    """Standard errors of positive √n-consistent statistics of n points, by ``subsamples`` subsamples in all.
+    """Standard errors of the values ``full`` of all points: the diagonal of ``subsample_covariance`` (see there).
 
-    ``statistics(indices)`` computes the values on a part of the points; ``full`` are the values on all points. With
-    parts of m_g points and values θ_g, ``stderr² = θ² · average over partitions of
-    Σ_g m_g (θ_g/θ̄ − 1)² / (G − 1) / n``. Parts are a fifth of the points, or larger where a fifth would be fewer than
-    ``smallest``. The relative error of the result is about ``1/√(2 · subsamples · (G − 1)/G)``.
-
-    Returns None where two parts of ``smallest`` points cannot be had. ``clusters`` as in ``partition``.
+    ``stderr² = θ² · average over partitions of Σ_g m_g (θ_g/θ̄ − 1)² / (G − 1) / n``; its relative error is about
+    ``1/√(2 · subsamples · (G − 1)/G)``. Returns None where two parts of ``smallest`` points cannot be had.
     """
-    independent = n if clusters is None else len(np.unique(clusters))
-    parts = min(5, n // smallest, independent // 2)
-    if parts < 2:
+    covariance = subsample_covariance(
+        statistics, n, subsamples=subsamples, smallest=smallest, seed=seed, clusters=clusters
+    )
+    if covariance is None:
         return None
-    generator = np.random.default_rng(seed)
-    values = np.asarray(full, np.float64)
-    variances = []
-    for _ in range(-(-subsamples // parts)):
-        chosen = partition(n, parts, generator, clusters)
-        if min(len(part) for part in chosen) < smallest // 2:
-            return None
-        sizes = np.array([len(part) for part in chosen], np.float64)[:, None]
-        found = np.array([statistics(part) for part in chosen], np.float64)
-        centre = (sizes * found).sum(0) / n
-        variances.append((sizes * np.square(found / centre - 1)).sum(0) / (parts - 1) / n)
-    return [float(value) for value in values * np.sqrt(np.mean(variances, axis=0))]
+    return [float(value) for value in np.asarray(full, np.float64) * np.sqrt(np.diag(covariance))]
 
 
 def jackknife_stderr(left_out: np.ndarray) -> np.ndarray:
