@@ -317,19 +317,39 @@ def test_too_few_steps_give_a_reason_not_a_number() -> None:
     assert last.value is None
     assert "not converged after 6 products" in last.reason
     assert "raise max_steps" in last.reason
-    assert "not all k eigenvectors converged" in one(found, "gradient_top_overlap").reason
+    assert "not all k eigenvectors were found" in one(found, "gradient_top_overlap").reason
     assert one(found, "residual", label="5").value > 0
     fewer = numbers(analyze(tied_net(), evaluation(), k=5, max_steps=3, slq_steps=2))
     assert one(fewer, "eigenvalue", label="4").reason.startswith("not reached in 3 products; raise max_steps")
 
 
 def test_memory_bounds_name_the_parameter_to_change() -> None:
-    with pytest.raises(NotApplicable, match=r"3 eigenvalues of 59 parameters need .* lower k and slq_steps"):
+    with pytest.raises(
+        NotApplicable, match=r"one eigenvalue of 59 parameters needs at least 16 vectors, .* raise max_basis_gb"
+    ):
         analyze(tied_net(), evaluation(), max_basis_gb=1e-6, **FEW)
     with pytest.raises(NotApplicable, match=r"gradient graph of 1 of 4 sequences .* set max_graph_gb to at least"):
         analyze(tied_net(), evaluation(), max_graph_gb=1e-7, **FEW)
     with pytest.raises(NotApplicable, match=r"gradient graph of 4 of 4 sequences .* or micro_batch below 4"):
         analyze(tied_net(), evaluation(), max_graph_gb=3e-6, micro_batch=4, **FEW)
+
+
+def test_little_memory_means_restarts_then_fewer_eigenvalues() -> None:
+    data = evaluation()
+    vector = 59 * 4 / 2**30
+    full = analyze(tied_net(), data, k=5, slq_steps=4)
+    small = analyze(tied_net(), data, k=5, slq_steps=4, max_basis_gb=25 * vector)
+    assert value(full, "restarts") == 0 < value(small, "restarts")
+    assert value(full, "basis_vectors") == 59 > value(small, "basis_vectors") == 13
+    for rank in "12345":
+        assert value(small, "eigenvalue", rank) == pytest.approx(value(full, "eigenvalue", rank), rel=1e-3)
+    assert value(small, "smallest_eigenvalue") == pytest.approx(value(full, "smallest_eigenvalue"), rel=1e-2)
+    tiny = analyze(tied_net(), data, k=5, slq_steps=20, max_basis_gb=18 * vector)
+    assert value(tiny, "eigenvalue", "2") == pytest.approx(value(full, "eigenvalue", "2"), rel=1e-3)
+    reason = one(numbers(tiny), "eigenvalue", label="3").reason
+    assert reason == "max_basis_gb has room for the vectors of 2 eigenvalues only; raise it"
+    assert "were found" in one(numbers(tiny), "gradient_top_overlap").reason
+    assert len(array(tiny, "slq_nodes", "1")) == value(tiny, "basis_vectors") + 3 == 12
 
 
 def test_what_has_no_meaning_is_not_applicable() -> None:

@@ -10,7 +10,6 @@ import torch
 
 from trace_offline.activations.losses import double_backward_attention
 from trace_offline.analyzers._curvature_batch import (
-    GIB,
     check_labels,
     choose_rows,
     in_dtype,
@@ -18,12 +17,13 @@ from trace_offline.analyzers._curvature_batch import (
     plan_batches,
     weights_of,
 )
-from trace_offline.core.errors import NotApplicable
+from trace_offline.analyzers._curvature_plan import BasisPlan, plan_basis
 from trace_offline.core.types import Array, Measurement, Result
 from trace_offline.estimators.hutchpp import Moments, complement_moments, mean_of, participation_ratio
 from trace_offline.estimators.hvp import HessianOperator, NonFiniteError, require_gradients
-from trace_offline.estimators.lanczos import Eigenpairs, Spectrum, extreme_eigenpairs
+from trace_offline.estimators.lanczos import Eigenpairs, Spectrum
 from trace_offline.estimators.slq import Estimate, Quadrature, spectral_quadrature
+from trace_offline.estimators.thick_restart import bounded_eigenpairs
 
 if TYPE_CHECKING:
     from trace_offline.activations.model import ModelView
@@ -45,7 +45,15 @@ def measure_curvature(
     model = in_dtype(model, params.dtype)
     parameters = weights_of(model)
     count = sum(parameter.numel() for parameter in {id(p): p for p in parameters}.values())
-    steps = affordable_steps(count, parameters[0].element_size(), params)
+    basis = plan_basis(
+        count,
+        parameters[0].element_size(),
+        k=params.k,
+        smallest=1,
+        max_steps=params.max_steps,
+        slq_steps=params.slq_steps,
+        max_basis_gb=params.max_basis_gb,
+    )
     yield _plain("parameters", count, len(rows))
     with require_gradients(parameters), double_backward_attention():
         check_labels(model, rows)
@@ -60,52 +68,34 @@ def measure_curvature(
             yield _plain("batch_loss", operator.loss, len(rows))
             yield _plain("gradient_norm", operator.gradient_norm, len(rows))
             try:
-                results = list(_second_order(operator, params, steps, len(rows), seed))
+                results = list(_second_order(operator, params, basis, len(rows), seed))
             except NonFiniteError as error:
                 results = list(_undefined(str(error), params.k, len(rows), _SECOND))
             yield from results
             yield _plain("products", operator.products, len(rows))
 
 
-def affordable_steps(n: int, itemsize: int, params: HessianAnalyzer.Params) -> int:
-    """Most Lanczos steps whose vectors stay within ``max_basis_gb``.
-
-    In memory at once: the basis (steps + 1 vectors), the found pairs (k + 1) and some five work vectors.
-
-    Raises:
-        NotApplicable: too few for k eigenvalues to have a chance.
-
-    """
-    vector = n * itemsize
-    other = min(params.k + 1, n) + 5
-    affordable = int(params.max_basis_gb * GIB) // vector - other - 1
-    wanted = min(params.max_steps, n)
-    least = min(wanted, max(2 * params.k, params.slq_steps))
-    if affordable < least:
-        needed = (least + other + 1) * vector / GIB
-        raise NotApplicable(
-            f"not applicable because {params.k} eigenvalues of {n:,} parameters need at least {least} Lanczos vectors "
-            f"and {other} others, {needed:.3g} GiB, and max_basis_gb is {params.max_basis_gb:g}: "
-            "raise max_basis_gb, or lower k and slq_steps"
-        )
-    return min(wanted, affordable)
-
-
 def _second_order(
-    operator: HessianOperator, params: HessianAnalyzer.Params, steps: int, sequences: int, seed: int
+    operator: HessianOperator, params: HessianAnalyzer.Params, plan: BasisPlan, sequences: int, seed: int
 ) -> Iterator[Result]:
     yield from gradient_curvature(operator, sequences)
     # Independent streams: the probes must not depend on how many start vectors the search for eigenvalues drew.
     search_seed, probe_seed, trace_seed = streams(seed, 3)
     search = torch.Generator().manual_seed(search_seed)
-    spectrum = extreme_eigenpairs(
-        operator, largest=params.k, smallest=1, tolerance=params.tolerance, max_steps=steps, generator=search
+    spectrum = bounded_eigenpairs(
+        operator,
+        largest=plan.k,
+        smallest=1,
+        tolerance=params.tolerance,
+        max_steps=plan.max_steps,
+        max_basis=plan.basis,
+        generator=search,
     )
     known = _converged(spectrum.pairs)
     quadrature = spectral_quadrature(
         operator,
         probes=params.slq_probes,
-        steps=params.slq_steps,
+        steps=plan.slq_steps,
         generator=torch.Generator().manual_seed(probe_seed),
         exact_values=known.values,
         exact_vectors=known.vectors,
@@ -116,11 +106,13 @@ def _second_order(
         torch.Generator().manual_seed(trace_seed),
         known.vectors,
     )
-    spectrum = _without_gaps(operator, spectrum, quadrature, params, steps, search)
-    yield from _eigenvalues(spectrum, params.k, operator.n, sequences)
+    spectrum = _without_gaps(operator, spectrum, quadrature, params.tolerance, plan, search)
+    yield from _eigenvalues(spectrum, params.k, plan, operator.n, sequences)
     yield from gradient_overlap(operator, spectrum, params.k, sequences)
     yield from _moments(quadrature, extra, known)
     yield from _distribution(quadrature, params, operator.dtype)
+    yield _plain("basis_vectors", plan.basis, sequences)
+    yield _plain("restarts", spectrum.restarts, sequences)
     yield Array("ritz", tuple(spectrum.ritz.tolist()), component=COMPONENT)
     yield Array("ritz_residual", tuple(spectrum.ritz_residuals.tolist()), component=COMPONENT)
 
@@ -153,7 +145,7 @@ def gradient_overlap(operator: HessianOperator, spectrum: Spectrum, k: int, sequ
     if square == 0:
         yield _missing(metric, ZERO_GRADIENT, sequences)
     elif len(largest) < min(k, operator.n) or not largest.converged.all():
-        yield _missing(metric, "not all k eigenvectors converged; raise max_steps (and max_basis_gb)", sequences)
+        yield _missing(metric, "not all k eigenvectors were found; raise max_steps (and max_basis_gb)", sequences)
     else:
         share = float((largest.vectors @ operator.gradient).double().square().sum()) / square
         yield _plain(metric, min(share, 1.0), sequences)
@@ -168,8 +160,8 @@ def _without_gaps(
     operator: HessianOperator,
     spectrum: Spectrum,
     quadrature: Quadrature,
-    params: HessianAnalyzer.Params,
-    steps: int,
+    tolerance: float,
+    plan: BasisPlan,
     generator: torch.Generator,
 ) -> Spectrum:
     """Search again where the probes prove that an eigenvalue was missed.
@@ -181,22 +173,23 @@ def _without_gaps(
         return spectrum
     low = min(float(nodes.min()) for nodes in quadrature.nodes)
     high = max(float(nodes.max()) for nodes in quadrature.nodes)
-    slack = params.tolerance * float(np.abs(spectrum.pairs.values).max())
+    slack = tolerance * float(np.abs(spectrum.pairs.values).max())
     missed = high > spectrum.largest.values[-1] + slack or low < spectrum.smallest.values[-1] - slack
     if not missed:
         return spectrum
-    return extreme_eigenpairs(
+    return bounded_eigenpairs(
         operator,
-        largest=params.k,
+        largest=plan.k,
         smallest=1,
-        tolerance=params.tolerance,
-        max_steps=steps,
+        tolerance=tolerance,
+        max_steps=plan.max_steps,
+        max_basis=plan.basis,
         generator=generator,
         locked=spectrum.pairs,
     )
 
 
-def _eigenvalues(spectrum: Spectrum, k: int, n: int, sequences: int) -> Iterator[Measurement]:
+def _eigenvalues(spectrum: Spectrum, k: int, plan: BasisPlan, n: int, sequences: int) -> Iterator[Measurement]:
     found = len(spectrum.largest)
     rows: list[tuple[str, str | None, str, Eigenpairs, int]] = [
         ("eigenvalue", str(rank + 1), str(rank + 1), spectrum.largest, rank) for rank in range(found)
@@ -218,6 +211,8 @@ def _eigenvalues(spectrum: Spectrum, k: int, n: int, sequences: int) -> Iterator
     for rank in range(found, k):
         if n <= rank:
             reason = f"the network has only {n} parameters"
+        elif plan.k <= rank:
+            reason = f"max_basis_gb has room for the vectors of {plan.k} eigenvalues only; raise it"
         else:
             reason = f"not reached in {spectrum.products} products; raise max_steps (and max_basis_gb)"
         yield _missing("eigenvalue", reason, sequences, str(rank + 1))

@@ -91,6 +91,8 @@ class HessianAnalyzer(Analyzer):
         ),
         MetricSpec("gradient_top_overlap_chance", "1", "what a random direction would give, k / parameters"),
         MetricSpec("products", "products", "Hessian-vector products used by this analysis"),
+        MetricSpec("basis_vectors", "vectors", "Lanczos vectors held at most, within max_basis_gb"),
+        MetricSpec("restarts", "restarts", "how often the basis was compressed for lack of memory; 0 where all fitted"),
         MetricSpec("parameters", "parameters", "order n of the Hessian: floating parameters, tied ones once"),
     )
 
@@ -105,7 +107,10 @@ class HessianAnalyzer(Analyzer):
             description="relative accuracy of each eigenvalue; below 1 % of the largest (smallest: 10 %), of that",
         )
         max_steps: int = Field(
-            150, ge=1, le=5000, description="most products for the eigenvalues; the basis holds as many vectors"
+            150,
+            ge=1,
+            le=5000,
+            description="most products for the eigenvalues, and vectors of the basis; with restarts four times the products",
         )
         slq_probes: int = Field(
             8, ge=2, le=1000, description="random vectors for density, effective rank and negative mass"
@@ -129,7 +134,9 @@ class HessianAnalyzer(Analyzer):
             None, ge=1, description="sequences differentiated together; None: as many as max_graph_gb allows"
         )
         max_graph_gb: float = Field(4.0, gt=0, description="memory for gradient graphs, in GiB")
-        max_basis_gb: float = Field(4.0, gt=0, description="memory for Lanczos vectors, in GiB")
+        max_basis_gb: float = Field(
+            4.0, gt=0, description="memory for Lanczos vectors, in GiB: restarts, then fewer eigenvalues, when short"
+        )
         dtype: Literal["float32", "float64"] = Field("float32", description="precision of network and vectors")
 
     def collectors(self, context: Context) -> Mapping[str, Collector]:

@@ -80,26 +80,35 @@ class HessianOperator:
 
     def product(self, vector: Tensor) -> Tensor:
         """``H v``, ``[n] → [n]``. Raises ValueError for another shape, RuntimeError after ``close``."""
+        result = self._product(vector, range(len(self._parameters)))
+        self.products += 1
+        return result
+
+    def block(self, places: Sequence[int]) -> HessianBlock:
+        """The diagonal block of the parameters at these places of the list given (tied ones counted once)."""
+        return HessianBlock(self, places)
+
+    def _product(self, vector: Tensor, places: Sequence[int]) -> Tensor:
         if self._closed:
             raise RuntimeError("this Hessian was closed; its graph is gone")
-        if vector.shape != (self.n,):
-            raise ValueError(f"expected a vector [{self.n}], found shape {tuple(vector.shape)}")
+        parameters, sizes = [self._parameters[i] for i in places], [self._sizes[i] for i in places]
+        if vector.shape != (sum(sizes),):
+            raise ValueError(f"expected a vector [{sum(sizes)}], found shape {tuple(vector.shape)}")
         vector = vector.detach().to(device=self.device, dtype=self.dtype)
-        parts = [part.view_as(p) for part, p in zip(vector.split(self._sizes), self._parameters, strict=True)]
-        result = torch.zeros(self.n, dtype=self.dtype, device=self.device)
+        parts = [part.view_as(p) for part, p in zip(vector.split(sizes), parameters, strict=True)]
+        result = torch.zeros(sum(sizes), dtype=self.dtype, device=self.device)
         if self.kept:
             for graph in self._graphs:
-                graph.add_product(parts, result, self._sizes, keep=True)
+                graph.add_product(parts, result, sizes, places, keep=True)
         else:
             for loss, expected in zip(self._losses, self._values, strict=True):
-                graph = _GradientGraph(loss, self._parameters)
+                graph = _GradientGraph(loss, parameters)
                 if abs(graph.loss - expected) > _SAME_LOSS * max(1.0, abs(expected)):
                     raise TraceOfflineError(
                         f"the loss changed from {expected:.6g} to {graph.loss:.6g} between two evaluations at the same "
                         "weights; curvature needs a loss without randomness (is dropout on?)"
                     )
-                graph.add_product(parts, result, self._sizes, keep=False)
-        self.products += 1
+                graph.add_product(parts, result, sizes, range(len(places)), keep=False)
         return result
 
     def close(self) -> None:
@@ -114,6 +123,43 @@ class HessianOperator:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class HessianBlock:
+    """A diagonal block ``H_bb`` of a Hessian as a symmetric operator: products through that block's parameters only.
+
+    The backward pass visits only what lies between the block's gradient and its parameters, which costs less than a
+    full product. Lives as long as the Hessian it is a block of.
+
+    Attributes:
+        n: coordinates of the block. ranges: where they lie in the whole, ``(start, stop)``. products: how many.
+
+    """
+
+    def __init__(self, whole: HessianOperator, places: Sequence[int]) -> None:
+        count = len(whole._sizes)
+        if not places or len(set(places)) != len(places) or not all(0 <= i < count for i in places):
+            raise ValueError(f"expected distinct places between 0 and {count - 1}, found {list(places)}")
+        self._whole, self._places = whole, tuple(places)
+        starts = [sum(whole._sizes[:i]) for i in places]
+        self.ranges = tuple((start, start + whole._sizes[i]) for start, i in zip(starts, places, strict=True))
+        self.n = sum(stop - start for start, stop in self.ranges)
+        self.dtype, self.device = whole.dtype, whole.device
+        self.products = 0
+
+    @property
+    def gradient(self) -> Tensor:
+        """The block's part of the gradient, ``[n]``."""
+        return self.part(self._whole.gradient)
+
+    def part(self, vector: Tensor) -> Tensor:
+        """The block's coordinates of a vector of the whole."""
+        return torch.cat([vector[start:stop] for start, stop in self.ranges])
+
+    def product(self, vector: Tensor) -> Tensor:
+        """``H_bb v``, ``[n] → [n]``."""
+        self.products += 1
+        return self._whole._product(vector, self._places)
 
 
 class _GradientGraph:
@@ -135,15 +181,18 @@ class _GradientGraph:
     def add_gradient(self, total: Tensor, sizes: Sequence[int]) -> None:
         _add(self._gradients, total, sizes)
 
-    def add_product(self, vector: Sequence[Tensor], total: Tensor, sizes: Sequence[int], *, keep: bool) -> None:
+    def add_product(
+        self, vector: Sequence[Tensor], total: Tensor, sizes: Sequence[int], places: Sequence[int], *, keep: bool
+    ) -> None:
         # A gradient without history is constant: the loss is linear in that parameter, which adds nothing to H.
-        pairs = [(g, v) for g, v in zip(self._gradients, vector, strict=True) if g is not None and g.requires_grad]
+        gradients = [self._gradients[i] for i in places]
+        pairs = [(g, v) for g, v in zip(gradients, vector, strict=True) if g is not None and g.requires_grad]
         if not pairs:
             return
         with torch.enable_grad(), _second_derivatives():
             parts = torch.autograd.grad(
                 [gradient for gradient, _ in pairs],
-                self._parameters,
+                [self._parameters[i] for i in places],
                 grad_outputs=[part for _, part in pairs],
                 retain_graph=keep,
                 allow_unused=True,
