@@ -37,6 +37,7 @@ class FakeEvaluation:
         self.labels = input_ids if labels is None else labels
         self.labels_shifted, self.objective, self.alignment = labels_shifted, objective, alignment
         self.n_examples, self.max_length = input_ids.shape
+        self.special_token_ids: tuple[int, ...] = ()
         self.annotations = annotations or {}
         self.tasks = tuple(sorted(self.annotations))
         self.split = split

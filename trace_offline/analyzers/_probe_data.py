@@ -22,7 +22,7 @@ _ROWS = 1024
 @dataclass(frozen=True)
 class TaskWords:
     """Words of one task: ``where [M]`` into the table of hidden states, ``label [M]`` into ``classes``, ``group [M]``
-    (sentence), ``part [M]``. ``span [M, 3]``: row, start, end.
+    (the unit that is split: sentence or word type), ``part [M]``. ``span [M, 3]``: row, start, end.
     """
 
     task: str
@@ -32,6 +32,7 @@ class TaskWords:
     group: Codes
     part: Codes
     span: Codes
+    unit: str = "sentences"
 
 
 @dataclass(frozen=True)
@@ -65,26 +66,51 @@ def chosen_tasks(evaluation: EvaluationSet, wanted: Sequence[str]) -> tuple[str,
     return tuple(task for task in evaluation.tasks if not wanted or task in wanted)
 
 
+def repeat_seed(seed: int, repeat: int) -> int:
+    """Seed of one repetition; the first is the seed itself."""
+    return seed if repeat == 0 else int(np.random.SeedSequence([seed, repeat]).generate_state(1)[0])
+
+
 def choose_words(
-    evaluation: EvaluationSet, tasks: Sequence[str], max_words: int, seed: int
+    evaluation: EvaluationSet,
+    tasks: Sequence[str],
+    max_words: int,
+    seed: int,
+    *,
+    split_by: str = "sentence",
+    view: str = "word",
+    split_seed: int | None = None,
 ) -> tuple[Codes, list[TaskWords]]:
-    """Distinct spans ``[U, 3]`` (row, start, end) whose hidden states are wanted, and the words of each task."""
+    """Distinct spans ``[U, 3]`` (row, start, end) whose hidden states are wanted, and the words of each task.
+
+    ``seed`` draws the sample, ``split_seed`` (the same when None) its parts. ``view="sentence"``: hidden states of
+    whole rows are wanted, so a distinct "span" is a row (start and end 0).
+    """
+    split_seed = seed if split_seed is None else split_seed
     chosen = []
     for task in tasks:
         spans = evaluation.spans(task)
-        group = evaluation.group[spans.row]
-        keep = sample_groups(evaluation.group, group, max_words, seed)
+        keep = sample_groups(evaluation.group, evaluation.group[spans.row], max_words, seed)
         span = np.stack([spans.row, spans.start, spans.end], axis=1)[keep]
-        fixed = None if evaluation.split is None else evaluation.split[span[:, 0]]
-        part = split_groups(group[keep], seed, fixed=fixed)
-        chosen.append((task, spans.classes, span, spans.label[keep], group[keep], part))
+        chosen.append((task, spans.classes, span, spans.label[keep]))
     every = np.concatenate([item[2] for item in chosen])
+    if view == "sentence":
+        every = every * np.array([1, 0, 0])
     distinct, which = np.unique(every, axis=0, return_inverse=True)
     places = np.split(which.reshape(-1), np.cumsum([len(item[2]) for item in chosen])[:-1])
-    words = [
-        TaskWords(task, classes, where, label, group, part, span)
-        for where, (task, classes, span, label, group, part) in zip(places, chosen, strict=True)
-    ]
+    words = []
+    for where, (task, classes, span, label) in zip(places, chosen, strict=True):
+        fixed = None if evaluation.split is None else evaluation.split[span[:, 0]]
+        if split_by == "word_type":
+            unit = word_types(evaluation, span)
+            part = split_groups(unit, split_seed)
+            # a word stays where both splits agree; the others would put a type, or a sentence, on both sides
+            stays = np.ones(len(unit), np.bool_) if fixed is None else (fixed == 1) == (part == Part.TEST)
+            rows = (where[stays], label[stays], unit[stays], part[stays], span[stays])
+        else:
+            unit = evaluation.group[span[:, 0]]
+            rows = (where, label, unit, split_groups(unit, split_seed, fixed=fixed), span)
+        words.append(TaskWords(task, classes, *rows, unit="word types" if split_by == "word_type" else "sentences"))
     return distinct, words
 
 
@@ -133,6 +159,7 @@ def prepare(
         words.group[mask],
         words.part[mask],
         words.span[mask],
+        words.unit,
     )
     label = np.searchsorted(kept, rest.label).astype(np.int64)
     reason = _obstacle(words, rest, kept, counts, min_class_count)
@@ -145,12 +172,12 @@ def prepare(
 def _obstacle(
     words: TaskWords, rest: TaskWords, kept: Codes, counts: NDArray[np.intp], min_class_count: int
 ) -> str | None:
-    sentences = len(np.unique(words.group))
+    units = len(np.unique(words.group))
     sizes = {part: int((words.part == part).sum()) for part in Part}
     if not all(sizes.values()):
         absent = " or ".join(part.name.lower() for part in Part if not sizes[part])
         return (
-            f"{sentences} sentences with this task: none left for {absent}; a probe needs sentences to train on, to "
+            f"{units} {words.unit} with this task: none left for {absent}; a probe needs {words.unit} to train on, to "
             "choose the penalty on, and to test on"
         )
     if len(kept) < 2:

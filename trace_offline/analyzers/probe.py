@@ -1,17 +1,19 @@
-"""Linear probes: how well a linear classifier reads an annotation off the hidden states of each layer.
+"""Probes: how well a small classifier reads an annotation off the hidden states of each layer.
 
-A multinomial logistic regression is fit anew at every checkpoint for each annotated task and layer 0…L. Words are split
-by sentence (train 60 %, validation 20 %, test 20 %; or the evaluation set's own split, whose fitting part is divided
-3 : 1); features are standardised with the statistics of the training words; the penalty is chosen by validation NLL;
-the probe is refit at that penalty on training and validation words and scored on the test words, once.
+A multinomial logistic regression (or, on demand, a classifier with one hidden layer) is fit anew at every checkpoint
+for each annotated task and layer 0…L. Words are split by sentence (train 60 %, validation 20 %, test 20 %; or the
+evaluation set's own split, whose fitting part is divided 3 : 1); features are standardised with the statistics of the
+training words; the penalty is chosen by validation NLL; the probe is refit at that penalty on training and validation
+words and scored on the test words, once.
 
 Standard errors take sentences as the independent units (of a document with several sentences, the document). They
-describe the finite test set, not the choice of training sentences or of the seed.
+describe the finite test set; with several repetitions also the choice of training sentences and of the seed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import numpy as np
@@ -19,11 +21,19 @@ from pydantic import Field
 
 from trace_offline.activations.batch import Collector
 from trace_offline.analyzers._measurements import measurement, missing
-from trace_offline.analyzers._probe_data import Prepared, TaskWords, choose_words, chosen_tasks, prepare
+from trace_offline.analyzers._probe_data import (
+    Prepared,
+    TaskWords,
+    choose_words,
+    chosen_tasks,
+    prepare,
+    repeat_seed,
+    word_types,
+)
 from trace_offline.analyzers.base import Analyzer, Context, MetricSpec, Need
 from trace_offline.core.errors import NotApplicable
 from trace_offline.core.params import Params as BaseParams
-from trace_offline.core.types import Array, Result
+from trace_offline.core.types import Array, Artifact, Result
 from trace_offline.estimators.classification import mean_by_cluster
 from trace_offline.estimators.clustered import Estimate
 from trace_offline.estimators.splits import Part
@@ -32,22 +42,28 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trace_offline.activations.hidden_table import Pooling
-    from trace_offline.analyzers._probe_fit import LayerScores
+    from trace_offline.analyzers._probe_fit import FitOptions, LayerScores
+    from trace_offline.analyzers.probe_weights import Probe
 
-_WHOLE = ("accuracy", "macro_f1", "nll", "confidence", "majority_accuracy", "penalty", "converged")
+_WHOLE = ("accuracy", "macro_f1", "nll", "confidence", "calibration_error", "majority_accuracy", "penalty", "converged")
 _CONTROL = ("control_accuracy", "selectivity")
+_CODE = ("codelength", "compression")
 _PER_CLASS = ("f1", "confidence", "support")
+
+BLOCK_FRACTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)
 
 
 class ProbeAnalyzer(Analyzer):
-    """A linear probe per annotated task and layer, refit at this checkpoint."""
+    """A probe per annotated task and layer, refit at this checkpoint."""
 
     name = "probe"
     version = "2"
-    summary = "linear probes per annotated task and layer, with control task, majority baseline and per-class scores"
+    summary = "probes per annotated task and layer, with control task, baselines, code length and per-class scores"
     reference = (
         "Alain & Bengio 2016, Understanding intermediate layers using linear classifier probes, arXiv:1610.01644; "
         "Hewitt & Liang 2019, Designing and Interpreting Probes with Control Tasks, arXiv:1909.03368; "
+        "Tenney, Das & Pavlick 2019, BERT Rediscovers the Classical NLP Pipeline, arXiv:1905.05950 (expected layer); "
+        "Voita & Titov 2020, Information-Theoretic Probing with Minimum Description Length, arXiv:2003.12298; "
         "Böhning 1992, Multinomial logistic regression algorithm, Ann. Inst. Statist. Math. 44 (the solver)"
     )
     needs = frozenset({Need.HIDDEN_STATES})
@@ -56,6 +72,7 @@ class ProbeAnalyzer(Analyzer):
         MetricSpec("macro_f1", "1", "mean F1 over the classes that occur among the test words"),
         MetricSpec("nll", "nats", "mean negative log-probability of the right class of test words"),
         MetricSpec("confidence", "1", "mean probability of the right class; with a label: over words of that class"),
+        MetricSpec("calibration_error", "1", "expected calibration error of the probe; biased upwards for few words"),
         MetricSpec("majority_accuracy", "1", "accuracy of always answering the most frequent class of training words"),
         MetricSpec("control_accuracy", "1", "accuracy on the control task: one random label for each word type"),
         MetricSpec("selectivity", "1", "accuracy − control_accuracy; standard error from the paired difference"),
@@ -63,15 +80,46 @@ class ProbeAnalyzer(Analyzer):
         MetricSpec("converged", "1", "1 when the solver reached its tolerance for the probes of this layer, else 0"),
         MetricSpec("f1", "1", "F1 of one class"),
         MetricSpec("support", "words", "test words of one class"),
+        MetricSpec(
+            "expected_layer", "layers", "layer at which accuracy is gained over layer 0, on average; layer NULL"
+        ),
+        MetricSpec("centre_of_gravity", "layers", "mean layer, weighted by accuracy above the majority; layer NULL"),
+        MetricSpec("random_accuracy", "1", "accuracy on one random Gaussian vector for each word type; layer NULL"),
+        MetricSpec("codelength", "bits", "online code of the labels of all training words"),
+        MetricSpec("compression", "1", "bits of the uniform code divided by codelength"),
+        MetricSpec("control_codelength", "bits", "codelength of the control task"),
     )
 
     class Params(BaseParams):
-        """What to probe, on how many words, how regularised."""
+        """What to probe, on how many words, with what."""
 
         tasks: tuple[str, ...] = Field((), description="annotated tasks to probe; none named = all")
         alignment: Literal["auto", "last", "first", "mean"] = Field(
             "auto", description="sub-word that stands for a word; auto = as the evaluation set says"
         )
+        view: Literal["word", "sentence"] = Field(
+            "word", description="what stands for a labelled span: its own tokens, or the mean of all tokens of its row"
+        )
+        split_by: Literal["sentence", "word_type"] = Field(
+            "sentence",
+            description="what is never on both sides of the split; word_type: no word is known from training",
+        )
+        repeats: int = Field(
+            1,
+            ge=1,
+            le=100,
+            description="repetitions with other splits, control labels and initial weights; means of all",
+        )
+        kind: Literal["linear", "mlp"] = Field("linear", description="logistic regression, or one hidden layer (ReLU)")
+        hidden_width: int = Field(64, ge=1, le=8192, description="units of the hidden layer (mlp)")
+        max_passes: int = Field(100, ge=1, le=10_000, description="passes over the training words at most (mlp)")
+        patience: int = Field(5, ge=1, le=1000, description="passes without a better validation NLL that end it (mlp)")
+        random_baseline: bool = Field(False, description="also probe random vectors that only tell word types apart")
+        codelength: bool = Field(False, description="also measure the description length (linear; doubles the cost)")
+        block_fractions: tuple[Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)], ...] = Field(
+            BLOCK_FRACTIONS, min_length=1, max_length=50, description="ends of the online code's blocks, as shares"
+        )
+        weights: bool = Field(False, description="keep the probes (of the first repetition) as an artifact")
         max_words: int = Field(20_000, ge=50, le=1_000_000, description="words per task, sampled by whole sentences")
         min_class_count: int = Field(
             5, ge=1, le=10_000, description="classes with fewer training words are left out, with the reason"
@@ -97,43 +145,132 @@ class ProbeAnalyzer(Analyzer):
             )
         if not context.evaluation.tasks:
             raise NotApplicable("not applicable because the evaluation set has no annotated task")
-        from trace_offline.activations.hidden_table import HiddenStateTable
+        from trace_offline.activations.hidden_table import HiddenStateTable, SentenceMeans
 
         distinct, _ = self._words(context)
-        alignment = context.params.alignment
-        pooling = context.evaluation.alignment if alignment == "auto" else alignment
-        return {"words": HiddenStateTable(distinct[:, 0], distinct[:, 1], distinct[:, 2], cast("Pooling", pooling))}
+        if context.params.view == "sentence":
+            return {"words": SentenceMeans(distinct[:, 0], context.evaluation.special_token_ids)}
+        pooling = cast("Pooling", self._alignment(context))
+        return {"words": HiddenStateTable(distinct[:, 0], distinct[:, 1], distinct[:, 2], pooling)}
 
     def measure(self, context: Context) -> Iterator[Result]:
         """Every task, layer by layer; a task or layer that cannot be probed gives reasons and stops no other.
 
         The array ``confusion`` holds counts row by row (true class) over all classes of the task in sorted order, the
-        order of the labels of metric ``f1``; classes that were left out have empty rows and columns.
+        order of the labels of metric ``f1``; classes that were left out have empty rows and columns. The artifact
+        ``probes`` is read by ``trace_offline.analyzers.probe_weights.load_probe``.
         """
+        from trace_offline.analyzers._probe_summary import combine
+
         table: Tensor = context.collected["words"]
         params: ProbeAnalyzer.Params = context.params
         finite = [bool(matrix.isfinite().all()) for matrix in table]
-        for words in self._words(context)[1]:
-            ready = prepare(words, context.evaluation, params.min_class_count, params.control, context.seed)
-            yield from self._task(table, finite, ready, params)
+        by_task: dict[str, list[list[Result]]] = {}
+        probes: dict[tuple[str, int], Probe] = {}
+        classes: dict[str, list[str]] = {}
+        for repeat in range(params.repeats):
+            seed = repeat_seed(context.seed, repeat)
+            options = self._options(context, seed)
+            for words in self._words(context, seed)[1]:
+                ready = prepare(words, context.evaluation, params.min_class_count, params.control, seed)
+                results, found = self._task(table, finite, ready, params, options)
+                if params.random_baseline:
+                    results.append(self._random(ready, context, table.shape[2], options))
+                by_task.setdefault(words.task, []).append(results)
+                if repeat == 0:
+                    classes[words.task] = [words.classes[code] for code in ready.kept]
+                    probes |= {(words.task, scores.layer): scores.probe for scores in found}
+        for repeats in by_task.values():
+            yield from combine(repeats)
+        if params.weights and probes:
+            yield self._artifact(probes, classes, context)
 
     @staticmethod
-    def _words(context: Context) -> tuple[np.ndarray, list[TaskWords]]:
-        tasks = chosen_tasks(context.evaluation, context.params.tasks)
-        return choose_words(context.evaluation, tasks, context.params.max_words, context.seed)
+    def _alignment(context: Context) -> str:
+        chosen: str = context.params.alignment
+        return context.evaluation.alignment if chosen == "auto" else chosen
 
-    def _task(self, table: Tensor, finite: list[bool], ready: Prepared, params: Params) -> Iterator[Result]:
+    @staticmethod
+    def _words(context: Context, split_seed: int | None = None) -> tuple[np.ndarray, list[TaskWords]]:
+        params: ProbeAnalyzer.Params = context.params
+        return choose_words(
+            context.evaluation,
+            chosen_tasks(context.evaluation, params.tasks),
+            params.max_words,
+            context.seed,
+            split_by=params.split_by,
+            view=params.view,
+            split_seed=split_seed,
+        )
+
+    @staticmethod
+    def _options(context: Context, seed: int) -> FitOptions:
+        from trace_offline.analyzers._probe_fit import FitOptions
+
+        params: ProbeAnalyzer.Params = context.params
+        device = str(context.model.device)
+        return FitOptions(
+            penalties=params.penalties,
+            tolerance=params.tolerance,
+            max_iterations=params.max_iterations,
+            kind=params.kind,
+            hidden_width=params.hidden_width,
+            max_passes=params.max_passes,
+            patience=params.patience,
+            seed=seed,
+            fractions=params.block_fractions if params.codelength and params.kind == "linear" else None,
+            device=device if device.startswith("cuda") else "cpu",  # others lack float64 or its factorisations
+        )
+
+    @staticmethod
+    def _artifact(probes: dict[tuple[str, int], Probe], classes: dict[str, list[str]], context: Context) -> Artifact:
+        from trace_offline.analyzers.probe_weights import dump_probes
+
+        params: ProbeAnalyzer.Params = context.params
+        content = dump_probes(
+            probes, classes, kind=params.kind, alignment=ProbeAnalyzer._alignment(context), view=params.view
+        )
+        return Artifact("probes", content, ".safetensors")
+
+    def _task(
+        self, table: Tensor, finite: list[bool], ready: Prepared, params: Params, options: FitOptions
+    ) -> tuple[list[Result], list[LayerScores]]:
         from trace_offline.analyzers._probe_fit import fit_layers
+        from trace_offline.analyzers._probe_summary import depth
 
         usable = [layer for layer, good in enumerate(finite) if good] if ready.reason is None else []
-        scores = fit_layers(table, usable, ready, params.penalties, params.tolerance, params.max_iterations)
+        scores = {found.layer: found for found in fit_layers(table, usable, ready, options)} if usable else {}
         majority = self._majority(ready) if usable else Estimate(None, None)
+        results: list[Result] = []
         for layer in range(len(table)):
-            if layer in usable:
-                yield from self._layer(next(scores), ready, majority)
+            if layer in scores:
+                results.extend(self._layer(scores[layer], ready, majority))
             else:
                 reason = ready.reason or f"hidden states of layer {layer} are not finite"
-                yield from self._nothing(layer, ready, params.control, reason)
+                results.extend(self._nothing(layer, ready, params, reason))
+        if params.codelength and params.kind == "mlp":
+            reason = "the online code is measured with linear probes only"
+            where: dict[str, Any] = {"component": "residual", "task": ready.words.task}
+            results.extend(missing(m, reason, layer=layer, **where) for layer in scores for m in _CODE)
+        results.extend(depth(list(scores.values()), ready))
+        return results, list(scores.values())
+
+    @staticmethod
+    def _random(ready: Prepared, context: Context, width: int, options: FitOptions) -> Result:
+        """Accuracy of the same probe on vectors that carry nothing but which word it is."""
+        from trace_offline.analyzers._probe_fit import fit_layers
+
+        where: dict[str, Any] = {"component": "residual", "task": ready.words.task}
+        if ready.reason is not None:
+            return missing("random_accuracy", ready.reason, **where)
+        types = word_types(context.evaluation, ready.words.span)
+        vectors = np.random.default_rng([options.seed, 4]).standard_normal((int(types.max()) + 1, width))
+        import torch
+
+        table = torch.from_numpy(vectors[types].astype(np.float32))[None]
+        words = replace(ready.words, where=np.arange(len(types)))
+        (found,) = fit_layers(table, [0], replace(ready, words=words, control=None), replace(options, fractions=None))
+        return measurement("random_accuracy", found.real.accuracy, len(found.real.correct), **where)
 
     @staticmethod
     def _majority(ready: Prepared) -> Estimate:
@@ -142,9 +279,10 @@ class ProbeAnalyzer(Analyzer):
         return mean_by_cluster(ready.label[test] == answer, ready.words.group[test])
 
     @staticmethod
-    def _nothing(layer: int, ready: Prepared, control: bool, reason: str) -> Iterator[Result]:
+    def _nothing(layer: int, ready: Prepared, params: Params, reason: str) -> Iterator[Result]:
         where: dict[str, Any] = {"layer": layer, "component": "residual", "task": ready.words.task}
-        for metric in _WHOLE + (_CONTROL if control else ()):
+        code = _CODE if params.codelength else ()
+        for metric in _WHOLE + (_CONTROL if params.control else ()) + code:
             yield missing(metric, reason, **where)
         for label in ready.words.classes:
             for metric in _PER_CLASS:
@@ -159,13 +297,21 @@ class ProbeAnalyzer(Analyzer):
         yield measurement("nll", real.nll, n, **where)
         yield measurement("confidence", real.confidence, n, **where)
         yield measurement("majority_accuracy", majority, n, **where)
-        yield measurement("penalty", Estimate(found.penalty, None), len(ready.at(Part.VALIDATION)), **where)
+        yield measurement("calibration_error", found.calibration, n, **where)
+        unpenalised = None if found.penalty is not None else "a probe with a hidden layer has no penalty"
+        held = len(ready.at(Part.VALIDATION))
+        yield measurement("penalty", Estimate(found.penalty, None), held, unpenalised, **where)
         yield measurement("converged", Estimate(float(found.converged), None), n, **where)
         if found.control is not None:
             yield measurement("control_accuracy", found.control.accuracy, n, **where)
             gain = real.correct.astype(np.float64) - found.control.correct
             paired = mean_by_cluster(gain, ready.words.group[ready.at(Part.TEST)])
             yield measurement("selectivity", paired, n, **where)
+        if found.code is not None:
+            yield measurement("codelength", found.code.bits, found.code.n, **where)
+            yield measurement("compression", found.code.compression, found.code.n, **where)
+        if found.control_code is not None:
+            yield measurement("control_codelength", found.control_code.bits, found.control_code.n, **where)
         yield from self._classes(found, ready, where)
         size = len(ready.words.classes)
         confusion = np.zeros((size, size))

@@ -87,6 +87,8 @@ def jackknife(sums: Floats, statistic: Callable[[Floats], Floats]) -> Estimate:
     ``sums [G, …]`` per group; ``statistic`` maps ``[…]`` to a number and ``[G, …]`` to ``[G]``, NaN where undefined.
     stderr² = (G−1)/G · Σ (θ_(−g) − mean θ_(−g))². Groups without observations are left aside.
     """
+    if not len(sums):
+        return Estimate(None, None)
     used = sums.reshape(len(sums), -1).any(axis=1)
     sums = sums[used]
     total = sums.sum(axis=0)

@@ -4,8 +4,9 @@ Every problem has its own step length, curvature memory and stopping; problems t
 logits are linear in the parameters, a trial step costs no product: Z(θ + t d) = Z(θ) + t Z(d). One iteration is thus
 one forward product (Z(d)) and one backward product (the gradient), whatever the line search does.
 
-References: J. Nocedal and S. Wright (2006), Numerical Optimization, 2nd ed., algorithms 3.1 and 7.4; R. Byrd, J. Nocedal
-and R. Schnabel (1994), Representations of quasi-Newton matrices, Math. Programming 63, theorem 2.2 (compact form).
+References: J. Nocedal and S. Wright (2006), Numerical Optimization, 2nd ed., algorithms 3.1 and 7.4; R. Byrd,
+J. Nocedal and R. Schnabel (1994), Representations of quasi-Newton matrices, Math. Programming 63, theorem 2.2 (the
+compact form).
 """
 
 from __future__ import annotations

@@ -226,7 +226,7 @@ class _SoftmaxObjective(Objective):
         labels = self.p.labels[which % self.p.n_sets][:, None]
         probabilities = logits.softmax(1)
         right = probabilities.gather(1, labels)
-        # One exponential for value and gradient; where the right class has underflowed its logarithm needs the long way.
+        # One exponential for value and gradient; a right class that has underflowed needs the long way.
         log_p = right.log() if bool((right > 1e-30).all()) else logits.log_softmax(1).gather(1, labels)
         return -log_p.sum((1, 2), dtype=torch.float64) / self.p.n_rows, probabilities
 
