@@ -110,7 +110,7 @@ class HessianAnalyzer(Analyzer):
             150,
             ge=1,
             le=5000,
-            description="most products for the eigenvalues, and vectors of the basis; with restarts four times the products",
+            description="most products for the eigenvalues (with restarts: four times as many) and basis vectors",
         )
         slq_probes: int = Field(
             8, ge=2, le=1000, description="random vectors for density, effective rank and negative mass"
