@@ -45,10 +45,8 @@ def main() -> int:
         runs = folder / "runs"
         runs.mkdir()
         thousand_checkpoints(runs)
-        rows.append(
-            result("discover 1,000 checkpoints", median_seconds(lambda: command("discover", runs, "--json")), "s", limit=2.0,
-                   **where)
-        )  # fmt: skip
+        found = median_seconds(lambda: command("discover", runs, "--json"))
+        rows.append(result("discover 1,000 checkpoints", found, "s", limit=2.0, **where))
         data = ROOT / "data"
         analyze = ("analyze", data / "tiny_series", "--evaluation-set", data / "tiny_evaluation", "--store",
                    folder / "s.duckdb")  # fmt: skip

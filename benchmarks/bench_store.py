@@ -85,8 +85,8 @@ def generate(path: Path) -> int:
                 con.register("chunk", pa.concat_tables(chunks))
                 con.execute("insert into measurements select * from chunk")
                 con.executemany(
-                    "insert into analyses values (?, ?, ?, ?, '1', '{}', 'e', 'float32', 0, 'ok', null, 1.0, 'cpu', '{}', "
-                    f"{run}, now()::timestamp)",
+                    "insert into analyses values (?, ?, ?, ?, '1', '{}', 'e', 'float32', 0, 'ok', null, 1.0, 'cpu', "
+                    f"'{{}}', {run}, now()::timestamp)",
                     analyses,
                 )
                 con.executemany(

@@ -1,0 +1,42 @@
+"""Write docs/benchmarks.md from the committed results."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+HEAD = """# Speed
+
+Results are committed in `benchmarks/results/`, each naming its machine; `make bench` measures them again, and
+`python benchmarks/table.py` writes this page from them. Medians; a shared machine, so ratios say more than seconds.
+"""
+
+
+def number(value: object) -> str:
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def page() -> str:
+    parts = [HEAD]
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        rows = json.loads(path.read_text())
+        if not rows or "ours" not in rows[0]:
+            continue
+        parts.append(f"\n## {path.stem.replace('_', ' ')}\n\n{rows[0]['device']}, {rows[0]['date']}.\n")
+        parts.append(
+            "| case | ours | unit | limit | peer | peer's | floor | ratio |\n|---|---|---|---|---|---|---|---|"
+        )
+        for row in rows:
+            cells = [row["case"].replace("|", "\\|"), number(float(row["ours"])), row["unit"], number(row.get("limit"))]
+            cells += [row["peer_name"] or "", number(row["peer"]), number(row["floor"]), number(row["ratio"])]
+            parts.append("| " + " | ".join(cells) + " |")
+    return "\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    target = ROOT / "docs" / "benchmarks.md"
+    if "--check" in sys.argv:
+        sys.exit(target.read_text() != page())
+    target.write_text(page())
