@@ -148,7 +148,7 @@ class ProbeTransferAnalyzer(SeriesAnalyzer):
         order of the series, row by row. It is left out for a layer that is not finite at some checkpoint.
         """
         prepared = [
-            # with its control task, as the analyzer probe fits it: the same products, so the same numbers to the last bit
+            # with a control task, as the analyzer probe fits it: the same products make the same numbers
             prepare(words, series.evaluation, series.params.min_class_count, True, series.seed)
             for words in _words(series.evaluation, series.params, series.seed)[1]
         ]
