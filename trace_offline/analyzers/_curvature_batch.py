@@ -6,13 +6,16 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trace_offline.activations.batch import IGNORED
+from trace_offline.activations.forward import trimmed
 from trace_offline.activations.losses import summed_loss
 from trace_offline.analyzers._measurements import check_targets
 from trace_offline.core.errors import NotApplicable
@@ -27,11 +30,15 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Rows:
-    """Token rows as the loss wants them: ``input_ids``, ``attention_mask``, ``targets``, each ``[B, T]``."""
+    """Token rows as the loss wants them: ``input_ids``, ``attention_mask``, ``targets``, each ``[B, T]``.
+
+    ``places [B]``: which rows of the evaluation set they are.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
     targets: Tensor
+    places: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -43,14 +50,22 @@ class Rows:
 
     def take(self, index: list[int]) -> Rows:
         """These rows, in this order."""
-        return Rows(self.input_ids[index], self.attention_mask[index], self.targets[index])
+        places = tuple(self.places[i] for i in index) if self.places else ()
+        return Rows(self.input_ids[index], self.attention_mask[index], self.targets[index], places)
 
 
-def choose_rows(evaluation: EvaluationSet, max_sequences: int, max_tokens: int, seed: int) -> Rows:
+def choose_rows(
+    evaluation: EvaluationSet,
+    max_sequences: int,
+    max_tokens: int,
+    seed: int,
+    among: NDArray[np.bool_] | None = None,
+) -> Rows:
     """A random part of the evaluation set, the same for every checkpoint: it depends on the set and the seed only.
 
     Rows are drawn without replacement, rows without a target passed over, until ``max_sequences`` are found or the
     next would exceed ``max_tokens`` attended tokens (the first always enters); then put back in their order.
+    ``among [N]``: the rows to draw from; None: all.
 
     Raises:
         NotApplicable: no row has a target.
@@ -60,6 +75,8 @@ def choose_rows(evaluation: EvaluationSet, max_sequences: int, max_tokens: int, 
     found: list[tuple[int, Rows]] = []
     tokens = 0
     for row in order.tolist():
+        if among is not None and not among[row]:
+            continue
         batch = evaluation.tokens(row, row + 1)
         part = Rows(batch.input_ids, batch.attention_mask, batch.targets)
         if part.n_targets == 0:
@@ -78,6 +95,7 @@ def choose_rows(evaluation: EvaluationSet, max_sequences: int, max_tokens: int, 
         torch.cat([part.input_ids for part in parts]),
         torch.cat([part.attention_mask for part in parts]),
         torch.cat([part.targets for part in parts]),
+        tuple(row for row, _ in sorted(found, key=lambda item: item[0])),
     )
 
 
@@ -126,6 +144,19 @@ def losses_of(model: ModelView, rows: Rows, micro_batches: tuple[list[int], ...]
         return lambda: summed_loss(model, part)[0] / total
 
     return [loss(rows.take(index)) for index in micro_batches]
+
+
+def outputs_of(
+    model: ModelView, rows: Rows, micro_batches: tuple[list[int], ...]
+) -> list[Callable[[], tuple[Tensor, Tensor]]]:
+    """One function per micro-batch: logits ``[M, C]`` and labels ``[M]`` of its targets that count."""
+
+    def outputs(part: Rows) -> tuple[Tensor, Tensor]:
+        input_ids, attention_mask, targets = (tensor.to(model.device) for tensor in trimmed(part))
+        counted = targets != IGNORED
+        return model.logits(input_ids, attention_mask)[counted], targets[counted]
+
+    return [partial(outputs, rows.take(index)) for index in micro_batches]
 
 
 def plan_batches(

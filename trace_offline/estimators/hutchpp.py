@@ -115,11 +115,16 @@ def participation_ratio(first: Floats, second: Floats) -> Estimate:
     """
     if not second.any():
         raise ZeroDivisionError("the operator is zero: there is no curvature to share out")
-    value = float(first.mean() ** 2 / second.mean())
-    count = len(first)
+    return ratio_of(first, second, power=2)
+
+
+def ratio_of(above: Floats, below: Floats, *, power: int = 1) -> Estimate:
+    """``mean(above)^power / mean(below)`` of paired samples, with its jackknife standard error (None for one pair)."""
+    value = float(above.mean() ** power / below.mean())
+    count = len(above)
     if count == 1:
         return Estimate(value, None, 1)
-    rest = (second.sum() - second) / (count - 1)
-    left_out = np.where(rest > 0, ((first.sum() - first) / (count - 1)) ** 2 / np.where(rest > 0, rest, 1.0), value)
-    error = np.sqrt((count - 1) / count * ((left_out - left_out.mean()) ** 2).sum())
-    return Estimate(value, float(error), count)
+    rest = (below.sum() - below) / (count - 1)
+    ratio = ((above.sum() - above) / (count - 1)) ** power / np.where(rest == 0, 1.0, rest)
+    left_out = np.where(rest == 0, value, ratio)
+    return Estimate(value, float(np.sqrt((count - 1) / count * ((left_out - left_out.mean()) ** 2).sum())), count)

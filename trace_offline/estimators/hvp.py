@@ -51,7 +51,7 @@ class HessianOperator:
 
     def __init__(self, losses: Sequence[Loss], parameters: Iterable[Tensor], *, keep_graphs: bool = True) -> None:
         self._losses = tuple(losses)
-        self._parameters = _distinct(parameters)
+        self._parameters = distinct_parameters(parameters)
         if not self._losses:
             raise ValueError("expected at least one loss, found none")
         first = self._parameters[0]
@@ -167,7 +167,7 @@ class _GradientGraph:
 
     def __init__(self, loss: Loss, parameters: Sequence[Tensor]) -> None:
         self._parameters = parameters
-        with torch.enable_grad(), _second_derivatives():
+        with torch.enable_grad(), second_derivatives():
             value = loss()
             if value.numel() != 1:
                 raise ValueError(f"expected a scalar loss, found shape {tuple(value.shape)}")
@@ -189,7 +189,7 @@ class _GradientGraph:
         pairs = [(g, v) for g, v in zip(gradients, vector, strict=True) if g is not None and g.requires_grad]
         if not pairs:
             return
-        with torch.enable_grad(), _second_derivatives():
+        with torch.enable_grad(), second_derivatives():
             parts = torch.autograd.grad(
                 [gradient for gradient, _ in pairs],
                 [self._parameters[i] for i in places],
@@ -207,7 +207,8 @@ def _add(parts: Sequence[Tensor | None], total: Tensor, sizes: Sequence[int]) ->
                 place.add_(part.detach().reshape(-1))
 
 
-def _distinct(parameters: Iterable[Tensor]) -> list[Tensor]:
+def distinct_parameters(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The parameters, each once. Raises ValueError as ``HessianOperator`` does."""
     found = list({id(parameter): parameter for parameter in parameters}.values())
     if not found:
         raise ValueError("expected at least one parameter, found none")
@@ -222,7 +223,7 @@ def _distinct(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 
 @contextmanager
-def _second_derivatives() -> Iterator[None]:
+def second_derivatives() -> Iterator[None]:
     """Say plainly which operation stops the second derivative; torch's own message names only the kernel."""
     try:
         yield
@@ -253,7 +254,7 @@ def graph_bytes(loss: Loss, parameters: Iterable[Tensor]) -> int:
 
     Builds the graph once (a loss, a gradient) and drops it. Storages shared by several tensors count once.
     """
-    distinct = _distinct(parameters)
+    distinct = distinct_parameters(parameters)
     own = {parameter.untyped_storage().data_ptr() for parameter in distinct}
     kept: dict[int, tuple[int, Tensor]] = {}
 
