@@ -9,50 +9,55 @@ takes another batch at every step.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
-import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import common
 import numpy as np
+import torch
 
 import trace_offline
+from trace_offline.activations.forward import run_pass
+from trace_offline.analyzers.base import Context
+from trace_offline.analyzers.intrinsic_dimension import IntrinsicDimensionAnalyzer
+from trace_offline.checkpoints.loading import load_model
+from trace_offline.core.types import Measurement
+from trace_offline.evaluation.evaluation_set import EvaluationSet
 
 DATA = Path(__file__).parents[1] / "data"
-STEPS = (0, 64, 256, 1024, 4096)
+STEPS = (0, 128, 512, 4096)
 ROWS = (32, 128, 512)
 SEEDS = (0, 1, 2)
 LAYER = 4
+WANTED = ("twonn", "trace_flattened_twonn", "trace_flattened_padding")
 
 
 def measure() -> None:
+    torch.set_num_threads(1)
     found: dict[tuple[str, int], list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for rows in ROWS:
-            for seed in SEEDS:
-                store = Path(folder) / f"{rows}-{seed}.duckdb"
-                params = {"trace_flattened": True, "trace_flattened_rows": rows, "subsamples": 4}
-                trace_offline.analyze(
-                    DATA / "tiny_series",
-                    DATA / "tiny_evaluation",
-                    store,
-                    analyzers=["intrinsic_dimension"],
-                    params={"intrinsic_dimension": params},
-                    steps=",".join(map(str, STEPS)),
-                    seed=seed,
-                    jobs=1,
-                )
-                numbers = trace_offline.Store.open(store).sql(
-                    "SELECT metric, step, value FROM history WHERE layer = "
-                    f"{LAYER} AND metric IN ('twonn', 'trace_flattened_twonn', 'trace_flattened_padding')"
-                )
-                for row in numbers.to_pylist():
-                    name = (
-                        f"{row['metric']}, {rows} rows" if row["metric"] == "trace_flattened_twonn" else row["metric"]
-                    )
-                    found.setdefault((name, row["step"]), []).append(row["value"])
-                print(rows, seed, file=sys.stderr, flush=True)
+    evaluation = EvaluationSet.load(DATA / "tiny_evaluation")
+    analyzer = IntrinsicDimensionAnalyzer()
+    for checkpoint in trace_offline.discover(DATA / "tiny_series"):
+        if checkpoint.step not in STEPS:
+            continue
+        model = load_model(checkpoint)
+        for rows, seed in itertools.product(ROWS, SEEDS):
+            params = analyzer.Params(trace_flattened=True, trace_flattened_rows=rows, subsamples=4, gride_to=0)
+            context = Context(model, evaluation, params, seed)
+            collectors = analyzer.collectors(context)
+            failed = run_pass(model, evaluation, collectors)
+            assert not failed, failed
+            collected = {name: collector.finish() for name, collector in collectors.items()}
+            # Only the layer that is shown is measured.
+            collected = {name: replace(item, points=item.points[[LAYER]]) for name, item in collected.items()}
+            for item in analyzer.measure(Context(model, evaluation, params, seed, collected)):
+                if isinstance(item, Measurement) and item.metric in WANTED and item.value is not None:
+                    name = f"{item.metric}, {rows} rows" if item.metric == "trace_flattened_twonn" else item.metric
+                    found.setdefault((name, checkpoint.step), []).append(item.value)
+        print(checkpoint.step, file=sys.stderr, flush=True)
     result = [
         common.result(
             f"tiny_series step {step}, layer {LAYER}: {name}",

@@ -6,13 +6,16 @@ import importlib.util
 import sys
 import warnings
 from typing import Any
-from unittest.mock import MagicMock, patch
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
+from analyzer_fakes import FakeEvaluation, one, run
 from dimension_clouds import manifold
+from scipy.optimize import brentq
 
+from trace_offline.analyzers.intrinsic_dimension import IntrinsicDimensionAnalyzer
 from trace_offline.estimators.gride import gride, gride_scales
 from trace_offline.estimators.local_pca import local_pca_dimensions
 from trace_offline.estimators.mle_dimension import mle_dimension
@@ -48,10 +51,17 @@ CLOUDS = [("gauss", 3, 10), ("cube", 8, 40), ("curved", 12, 64)]
 def dadapy(points: np.ndarray, **more: Any) -> Any:
     if importlib.util.find_spec("dadapy") is None:
         pytest.skip("needs DADApy: pip install --no-deps dadapy")
-    with patch.dict(sys.modules, {name: MagicMock() for name in _UNUSED}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        module = importlib.import_module("dadapy.id_estimation")
-        return module.IdEstimation(coordinates=points, verbose=False, n_jobs=1, **more)
+    absent = [name for name in _UNUSED if name not in sys.modules]
+    sys.modules.update({name: MagicMock() for name in absent})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = importlib.import_module("dadapy.id_estimation")
+    finally:
+        # Only the stand-ins leave: what else was loaded on the way cannot be loaded twice.
+        for name in absent:
+            del sys.modules[name]
+    return module.IdEstimation(coordinates=points, verbose=False, n_jobs=1, **more)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -63,10 +73,17 @@ def test_dadapy(kind: str, dimension: int, width: int) -> None:
     ratios = neighbor_log_ratios(squared)
     assert twonn_fit(ratios) == pytest.approx(peer.compute_id_2NN(algorithm="base")[0], rel=1e-6)
     assert twonn_maximum_likelihood(ratios) == pytest.approx(peer.compute_id_2NN(algorithm="ml")[0], rel=1e-6)
-    theirs, errors, _ = peer.return_id_scaling_gride(range_max=64, eps=1e-9)
-    ours = [gride(squared, first, second) for first, second in gride_scales(64)]
-    np.testing.assert_allclose(ours, theirs, atol=0.0051)  # they round to two digits
-    assert len(errors) == len(ours) == 6
+    theirs, errors, _ = peer.return_id_scaling_gride(range_max=64, eps=1e-10)
+    assert len(errors) == len(theirs) == 6
+    for value, (first, second) in zip(theirs, gride_scales(64), strict=True):
+        # They put n − 1 for n in the derivative, as the unbiased TwoNN does; the same derivative has the same root.
+        v = 0.5 * np.log(squared[:, second - 1] / squared[:, first - 1])
+
+        def derivative(d: float, v: np.ndarray = v, between: int = second - first - 1, last: int = second - 1) -> float:
+            return float((len(v) - 1) / d + between * (v / -np.expm1(-d * v)).sum() - last * v.sum())
+
+        assert brentq(derivative, 0.5, 100) == pytest.approx(value, rel=1e-5)
+        assert gride(squared, first, second) == pytest.approx(value, rel=1.2 / len(points))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -86,3 +103,16 @@ def test_scikit_dimension(kind: str, dimension: int, width: int) -> None:
     np.testing.assert_array_equal(local_pca_dimensions(table, found.indices), local)
     ratio = skdim.id.lPCA(ver="participation_ratio").fit(points).dimension_
     assert participation_ratio(covariance_spectrum(points)) == pytest.approx(ratio, rel=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_flattened_rows_are_what_trace_hands_to_scikit_dimension() -> None:
+    """TRACE calls ``skdim.id.TwoNN()`` on the flattened rows, padding included."""
+    skdim = pytest.importorskip("skdim", reason="needs scikit-dimension")
+    ids = torch.randint(2, 60, (128, 12), generator=torch.Generator().manual_seed(0))
+    fake = FakeEvaluation(ids)
+    fake.special_token_ids = ()  # type: ignore[attr-defined]
+    hidden = torch.randn(128, 12, 4, generator=torch.Generator().manual_seed(1)) @ torch.randn(4, 24)
+    results, _ = run(IntrinsicDimensionAnalyzer(), fake, hidden=(hidden,), trace_flattened=True)
+    theirs = skdim.id.TwoNN().fit(hidden.reshape(128, -1).double().numpy()).dimension_
+    assert one(results, "trace_flattened_twonn", layer=0).value == pytest.approx(theirs, rel=1e-6)

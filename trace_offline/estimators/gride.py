@@ -45,23 +45,25 @@ def _root(v: np.ndarray, first: int, second: int) -> float:
     if total == 0:
         raise ValueError("all neighbours are equally far: the ratios do not determine a dimension")
     n, between = len(v), second - first - 1
-    # n/d ≤ Σ v/(1−e^{−dv}) ≤ n/d + Σ v encloses the root; the function is convex and falls, so that Newton's steps from
-    # the lower end never pass it. Bisection is the net under rounding.
+    # n/d ≤ Σ v/(1−e^{−dv}) ≤ n/d + Σ v encloses the root. The mean of v is (ψ(n₂) − ψ(n₁))/d, the sum of 1/(d·i) over
+    # n₁ ≤ i < n₂, which gives a start close by; the function is convex and falls, so that Newton stays left of the
+    # root from the first one on. Bisection is the net under rounding.
     low = n * (1 + between) / ((second - 1) * total)
     high = n * (1 + between) / (first * total)
-    d = low
+    d = min(max(n * sum(1 / i for i in range(first, second)) / total, low), high)
     for _ in range(200):
-        decay = np.exp(-d * v)
         gap = -np.expm1(-d * v)
-        inside = gap > 0
-        pull = np.full(n, 1 / d)
-        np.divide(v, gap, out=pull, where=inside)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            pull = v / gap
+            bend = pull * pull * (1 - gap)
+        tied = gap == 0
+        if tied.any():
+            pull[tied], bend[tied] = 1 / d, 1 / d**2
         value = n / d + between * float(pull.sum()) - (second - 1) * total
-        bend = np.full(n, 1 / d**2)
-        np.divide(v * v * decay, gap * gap, out=bend, where=inside)
         low, high = (d, high) if value > 0 else (low, d)
         step = d + value / (n / d**2 + between * float(bend.sum()))
-        previous, d = d, step if low < step < high else 0.5 * (low + high)
-        if abs(d - previous) <= 1e-13 * d:
+        previous, d = d, step if low <= step <= high else 0.5 * (low + high)
+        # The error after a step is about the square of its relative length.
+        if abs(d - previous) <= 1e-7 * d:
             break
     return d
