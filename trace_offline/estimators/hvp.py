@@ -39,7 +39,7 @@ class HessianOperator:
         keep_graphs: keep the graphs of all losses until ``close``.
 
     Attributes:
-        n: number of coordinates. loss: Σ loss_i. gradient: ``[n]``, detached. products: how many were taken.
+        n: number of coordinates. losses: loss_i. loss: their sum. gradient: ``[n]``, detached. products: how many.
 
     Raises:
         ValueError: no losses, no parameters, mixed dtypes or devices, parameters without gradients, a loss that is
@@ -58,6 +58,7 @@ class HessianOperator:
         self.dtype, self.device = first.dtype, first.device
         self._sizes = [parameter.numel() for parameter in self._parameters]
         self.n = sum(self._sizes)
+        self._all = range(len(self._parameters))
         self.products = 0
         self.kept = keep_graphs
         self._closed = False
@@ -73,6 +74,7 @@ class HessianOperator:
                 self._graphs.append(graph)
         self.gradient = gradient
         self.gradient_norm = float(torch.linalg.vector_norm(gradient))
+        self.losses = tuple(self._values)
         self.loss = math.fsum(self._values)
         if not math.isfinite(self.gradient_norm):
             self.close()
@@ -80,15 +82,22 @@ class HessianOperator:
 
     def product(self, vector: Tensor) -> Tensor:
         """``H v``, ``[n] → [n]``. Raises ValueError for another shape, RuntimeError after ``close``."""
-        result = self._product(vector, range(len(self._parameters)))
+        result = self._product(vector, self._all)
         self.products += 1
         return result
+
+    def forms(self, vector: Tensor) -> Tensor:
+        """``vᵀ H_i v`` of each loss by itself, ``[losses]`` in float64: one product in all."""
+        found = [torch.dot(vector, self._product(vector, self._all, only=i)) for i in range(len(self._losses))]
+        self.products += 1
+        return torch.stack(found).double().cpu()
 
     def block(self, places: Sequence[int]) -> HessianBlock:
         """The diagonal block of the parameters at these places of the list given (tied ones counted once)."""
         return HessianBlock(self, places)
 
-    def _product(self, vector: Tensor, places: Sequence[int]) -> Tensor:
+    def _product(self, vector: Tensor, places: Sequence[int], only: int | None = None) -> Tensor:
+        chosen = slice(None) if only is None else slice(only, only + 1)
         if self._closed:
             raise RuntimeError("this Hessian was closed; its graph is gone")
         parameters, sizes = [self._parameters[i] for i in places], [self._sizes[i] for i in places]
@@ -98,10 +107,10 @@ class HessianOperator:
         parts = [part.view_as(p) for part, p in zip(vector.split(sizes), parameters, strict=True)]
         result = torch.zeros(sum(sizes), dtype=self.dtype, device=self.device)
         if self.kept:
-            for graph in self._graphs:
+            for graph in self._graphs[chosen]:
                 graph.add_product(parts, result, sizes, places, keep=True)
         else:
-            for loss, expected in zip(self._losses, self._values, strict=True):
+            for loss, expected in zip(self._losses[chosen], self._values[chosen], strict=True):
                 graph = _GradientGraph(loss, parameters)
                 if abs(graph.loss - expected) > _SAME_LOSS * max(1.0, abs(expected)):
                     raise TraceOfflineError(
