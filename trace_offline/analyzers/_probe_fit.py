@@ -6,7 +6,7 @@ Shape letters: L+1 layers, M words of the task, D width, K classes, S label sets
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -74,10 +74,10 @@ class LayerScores:
 
 @dataclass(frozen=True)
 class _Fitted:
-    """``probes[layer][set]`` and, for each layer, the penalty and whether all its fits converged."""
+    """``probes[layer][set]``, ``penalties[layer][set]``, and whether all fits of a layer converged."""
 
     probes: list[list[Probe]]
-    penalties: list[float | None]
+    penalties: list[list[float | None]]
     converged: list[bool]
     code_bits: NDArray[np.float64] | None
 
@@ -127,12 +127,25 @@ def fit_layers(table: Tensor, layers: Sequence[int], prepared: Prepared, options
                 real=scores[0],
                 control=scores[1] if len(scores) > 1 else None,
                 calibration=calibration,
-                penalty=found.penalties[i],
+                penalty=found.penalties[i][0],
                 converged=found.converged[i],
                 code=codes[0],
                 control_code=codes[1],
                 probe=found.probes[i][0],
             )
+
+
+def fit_sets(
+    table: Tensor, layers: Sequence[int], labels: list[Codes], prepared: Prepared, options: FitOptions
+) -> Iterator[tuple[list[Probe], list[float | None], bool]]:
+    """Probes for label sets of one's own, ``labels [S][M]`` in 0…K−1: for each layer the probes and penalties of all
+    sets, and whether all converged.
+    """
+    where = torch.from_numpy(prepared.words.where)
+    fit = _fit_mlp if options.kind == "mlp" else _fit_linear
+    for batch in _layer_batches(layers, prepared, table.shape[2], len(labels)):
+        found = fit([table[layer][where] for layer in batch], labels, prepared, replace(options, fractions=None))
+        yield from zip(found.probes, found.penalties, found.converged, strict=True)
 
 
 def calibration_of(log_p: NDArray[np.floating], correct: NDArray[np.bool_], groups: Codes) -> Estimate:
@@ -177,7 +190,7 @@ def _fit_linear(raw: list[Tensor], labels: list[Codes], prepared: Prepared, opti
         ]
         for i, scale in enumerate(scales)
     ]
-    penalties: list[float | None] = [float(fit.penalty[i, 0]) for i in range(len(raw))]
+    penalties: list[list[float | None]] = [[float(value) for value in row] for row in fit.penalty]
     return _Fitted(probes, penalties, [bool(fit.converged[i].all()) for i in range(len(raw))], bits)
 
 
@@ -205,7 +218,8 @@ def _fit_mlp(raw: list[Tensor], labels: list[Codes], prepared: Prepared, options
         [Probe(*scale, {name: part[i, s] for name, part in zip(names, parts, strict=True)}) for s in range(len(labels))]
         for i, scale in enumerate(scales)
     ]
-    return _Fitted(probes, [None] * len(raw), [bool(fit.converged[i].all()) for i in range(len(raw))], None)
+    nothing: list[list[float | None]] = [[None] * len(labels) for _ in raw]
+    return _Fitted(probes, nothing, [bool(fit.converged[i].all()) for i in range(len(raw))], None)
 
 
 def _sending_order(prepared: Prepared, options: FitOptions) -> tuple[Codes, list[int]]:

@@ -160,6 +160,7 @@ class ProbeAnalyzer(Analyzer):
         order of the labels of metric ``f1``; classes that were left out have empty rows and columns. The artifact
         ``probes`` is read by ``trace_offline.analyzers.probe_weights.load_probe``.
         """
+        from trace_offline.analyzers._probe_multilabel import MultiLabelTask, is_multilabel
         from trace_offline.analyzers._probe_summary import combine
 
         table: Tensor = context.collected["words"]
@@ -172,6 +173,14 @@ class ProbeAnalyzer(Analyzer):
             seed = repeat_seed(context.seed, repeat)
             options = self._options(context, seed)
             for words in self._words(context, seed)[1]:
+                if is_multilabel(words):
+                    several = MultiLabelTask(words, context.evaluation, params.min_class_count, params.control, seed)
+                    results, kept = several.results(table, finite, options)
+                    by_task.setdefault(words.task, []).append(results)
+                    if repeat == 0:
+                        probes |= kept
+                        classes |= {name: ["no", "yes"] for name, _ in kept}
+                    continue
                 ready = prepare(words, context.evaluation, params.min_class_count, params.control, seed)
                 results, found = self._task(table, finite, ready, params, options)
                 if params.random_baseline:

@@ -105,7 +105,7 @@ def dump_probes(
     tensors = {}
     for (task, layer), probe in probes.items():
         for name, tensor in {"mean": probe.mean, "scale": probe.scale, **probe.tensors}.items():
-            tensors[f"{tasks.index(task)}/{layer}/{name}"] = tensor.contiguous()
+            tensors[f"{tasks.index(task)}/{layer}/{name}"] = tensor.clone().contiguous()
     about = {
         "format": FORMAT,
         "kind": kind,
