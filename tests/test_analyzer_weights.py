@@ -128,7 +128,7 @@ def test_numbers_that_do_not_exist_have_reasons() -> None:
     assert "mlp.weight: expected finite entries" in str(by["spectral_norm", "mlp", None].reason)
     assert "not of full rank within rounding" in str(by["condition_number", "attention", None].reason)
     assert by["stable_rank", "attention", None].value == pytest.approx(1.0)
-    assert by["stable_rank", "head", None].reason == "all weights are 0"
+    assert by["stable_rank", "head", None].reason == "all entries are 0"
     assert by["norm", "head", None].value == 0.0
 
 

@@ -25,6 +25,9 @@ _WHOLE = ("gradient_norm", "signal_to_noise", "gradient_cosine_halves")
 class Products:
     """Inner products of part gradients. G parts; R rows: the whole loss, then the restricted ones."""
 
+    mean: Tensor
+    """Gradient of the mean loss ``[P]``."""
+
     def __init__(self, parts: Sequence[Part], widths: Sequence[tuple[Place, int]], n_losses: int) -> None:
         count = len(parts)
         self.places = list(widths)
@@ -70,6 +73,7 @@ class Products:
             weighted += float(targets[0]) * rows[0]
             if keep:
                 kept.append(rows)
+        found.mean = (sums[0] + sums[1]) / float(found.targets[0].sum())
         for index, part in enumerate(parts):
             found.add(index, kept[index] if keep else gradients.of(part)[0], sums, weighted)
         return found

@@ -19,6 +19,8 @@ from trace_offline.core.params import Params as BaseParams
 from trace_offline.core.types import Result
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from trace_offline.activations.batch import Collector
     from trace_offline.analyzers._gradient_parts import RestrictedLoss
 
@@ -40,6 +42,13 @@ class GradientsAnalyzer(Analyzer):
         MetricSpec("gradient_norm", "nats / weight unit", "length of the gradient of the mean loss"),
         MetricSpec("signal_to_noise", "1", "squared gradient over the variance of one sequence's gradient"),
         MetricSpec("gradient_cosine_halves", "1", "cosine of the gradients on two halves of the evaluation set"),
+        MetricSpec("gradient_gini", "1", "Gini index of the magnitudes in the gradient: 0 all equal, towards 1 few"),
+        MetricSpec("gradient_hoyer", "1", "Hoyer's sparsity of the gradient: 0 all equal, 1 a single entry"),
+        MetricSpec("gradient_spectral_norm", "nats / weight unit", "largest singular value of the gradient's matrices"),
+        MetricSpec("gradient_stable_rank", "dimensions", "squared norm / squared spectral norm of those matrices"),
+        MetricSpec("gradient_effective_rank", "dimensions", "exp of the entropy of their normalised singular values"),
+        MetricSpec("gradient_proportional_effective_rank", "1", "effective rank / number of singular values"),
+        MetricSpec("gradient_condition_number", "1", "largest / smallest singular value of those matrices"),
         MetricSpec("class_gradient_norm", "nats / weight unit", "the same for the mean loss of one class's words"),
         MetricSpec("gradient_cosine", "1", "cosine of the gradients of two classes' (or tasks') losses"),
     )
@@ -52,6 +61,7 @@ class GradientsAnalyzer(Analyzer):
         tasks: tuple[str, ...] = Field((), description="annotated tasks to compare; none named: all")
         max_classes: int = Field(6, ge=0, le=100, description="most frequent classes of each task; 0: no classes")
         min_class_targets: int = Field(20, ge=1, description="fewest targets of a class worth a gradient")
+        matrix_numbers: bool = Field(True, description="also sparsity and singular values of the gradient")
         max_memory_gb: float = Field(
             4.0, gt=0, description="memory for gradients, in GiB, beside the network and graph"
         )
@@ -100,6 +110,8 @@ class GradientsAnalyzer(Analyzer):
         widths = [(place, sum(tensor.numel() for tensor in tensors)) for place, tensors in ordered]
         products = Products.of(gradients, parts, widths, len(losses), params.max_memory_gb)
         yield from products.by_place(evaluation.split is not None)
+        if params.matrix_numbers:
+            yield from _matrix_numbers(context, products.mean)
         yield from products.by_class(losses)
         for loss in few:
             reason = f"{loss.n_targets} targets among {len(rows)} sequences, fewer than {params.min_class_targets}"
@@ -110,6 +122,32 @@ class GradientsAnalyzer(Analyzer):
             yield missing(
                 "class_gradient_norm", reason, loss.n_targets, component="all", task=loss.task, label=loss.label
             )
+
+
+def _matrix_numbers(context: Context, mean: Tensor) -> Iterator[Result]:
+    """Sparsity and singular values of the gradient of the mean loss, for every layer × component."""
+    from trace_offline.activations.components import parameter_groups
+    from trace_offline.analyzers._matrix_numbers import (
+        convolution_weights,
+        sparsity_numbers,
+        spectra_of,
+        spectral_numbers,
+        union,
+    )
+
+    parameters, convolutions = context.model.parameters_by_name(), convolution_weights(context.model.module)
+    start = 0
+    for place, names in parameter_groups(context.model).items():
+        first, tensors = start, {}
+        for name in names:
+            shape = parameters[name].shape
+            tensors[name] = mean[start : start + shape.numel()].reshape(shape)
+            start += shape.numel()
+        where = {"layer": place.layer, "component": place.component}
+        yield from sparsity_numbers(mean[first:start], where, "gradient_")
+        together = union(spectra_of(tensors, convolutions))
+        if together is not None:
+            yield from spectral_numbers(together, where, "gradient_")
 
 
 def _affordable(

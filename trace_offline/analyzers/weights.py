@@ -8,11 +8,18 @@ its name as label. Nothing is estimated, so nothing has a standard error.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from trace_offline.analyzers._matrix_numbers import (
+    convolution_weights,
+    sparsity_numbers,
+    spectra_of,
+    spectral_numbers,
+    union,
+)
 from trace_offline.analyzers._measurements import missing
 from trace_offline.analyzers.base import Analyzer, Context, MetricSpec, Need
 from trace_offline.core.errors import NotApplicable
@@ -20,12 +27,9 @@ from trace_offline.core.params import Params as BaseParams
 from trace_offline.core.types import Array, Measurement, Result
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from trace_offline.activations.components import Place
-
-_SPARSITY = ("gini", "hoyer")
-_SPECTRAL = ("spectral_norm", "stable_rank", "effective_rank", "proportional_effective_rank", "condition_number")
 
 
 class WeightsAnalyzer(Analyzer):
@@ -70,18 +74,18 @@ class WeightsAnalyzer(Analyzer):
         if not groups:
             raise NotApplicable("not applicable because the network has no floating-point parameters")
         parameters = context.model.parameters_by_name()
-        convolutions = _convolution_weights(context.model.module)
+        convolutions = convolution_weights(context.model.module)
         squares: dict[Place, tuple[float, int]] = {}
         with torch.no_grad():
             for place, names in groups.items():
                 tensors = {name: parameters[name].detach() for name in names}
                 squares[place] = _sum_of_squares(tensors.values())
-                yield from _entries(list(tensors.values()), *squares[place], place, None)
-                yield from _spectral(tensors, convolutions, place, context.params)
+                yield from _part(tensors, squares[place], convolutions, place, context.params)
         for layer in sorted({place.layer for place in groups if place.layer is not None}):
             parts = [squares[place] for place in groups if place.layer == layer]
-            yield from _size(sum(s for s, _ in parts), sum(n for _, n in parts), layer, ALL, None)
-        yield from _size(sum(s for s, _ in squares.values()), sum(n for _, n in squares.values()), None, ALL, None)
+            yield from _size(sum(s for s, _ in parts), sum(n for _, n in parts), {"layer": layer, "component": ALL})
+        parts = list(squares.values())
+        yield from _size(sum(s for s, _ in parts), sum(n for _, n in parts), {"component": ALL})
 
 
 def _sum_of_squares(tensors: Iterable[Tensor]) -> tuple[float, int]:
@@ -92,113 +96,38 @@ def _sum_of_squares(tensors: Iterable[Tensor]) -> tuple[float, int]:
     return total, count
 
 
-def _size(square: float, n: int, layer: int | None, component: str, label: str | None) -> Iterator[Result]:
-    where: dict[str, object] = {"layer": layer, "component": component, "label": label}
+def _size(square: float, n: int, where: Mapping[str, Any]) -> Iterator[Result]:
     if not square < float("inf"):  # NaN too
         reason = "some weights are not finite numbers"
         yield missing("norm", reason, n, **where)
         yield missing("rms", reason, n, **where)
         return
-    yield Measurement("norm", square**0.5, n=n, **where)  # type: ignore[arg-type]
-    yield Measurement("rms", (square / n) ** 0.5, n=n, **where)  # type: ignore[arg-type]
+    yield Measurement("norm", square**0.5, n=n, **where)
+    yield Measurement("rms", (square / n) ** 0.5, n=n, **where)
 
 
-def _entries(tensors: Sequence[Tensor], square: float, n: int, place: Place, label: str | None) -> Iterator[Result]:
-    """Size and sparsity of all entries as one vector."""
-    import torch
-
-    from trace_offline.estimators.sparsity import gini, hoyer
-
-    yield from _size(square, n, place.layer, place.component, label)
-    values = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    for metric, function in zip(_SPARSITY, (gini, hoyer), strict=True):
-        where = {"layer": place.layer, "component": place.component, "label": label}
-        try:
-            yield Measurement(metric, float(function(values)), n=n, **where)  # type: ignore[arg-type]
-        except ValueError as error:
-            yield missing(metric, str(error), n, **where)
-
-
-def _spectral(
-    tensors: dict[str, Tensor], convolutions: frozenset[str], place: Place, params: WeightsAnalyzer.Params
+def _part(
+    tensors: Mapping[str, Tensor],
+    square: tuple[float, int],
+    convolutions: frozenset[str],
+    place: Place,
+    params: WeightsAnalyzer.Params,
 ) -> Iterator[Result]:
-    """Numbers of singular values: of all matrices of a part together, and of each."""
+    """All numbers of one part, and of each of its matrices."""
     import torch
 
-    from trace_offline.estimators.singular_values import numerical_rank, singular_values
-
-    every: list[Tensor] = []
-    full_rank, n, broken = True, 0, None
-    for name, tensor in tensors.items():
-        matrices = _matrices(tensor, name in convolutions)
-        if not matrices:
-            continue
-        n += tensor.numel()
-        try:
-            found = [singular_values(matrix) for matrix in matrices]
-        except ValueError as error:
-            broken = f"{name}: {error}"
-            if params.per_matrix:
-                yield from _entries([tensor], *_sum_of_squares([tensor]), place, name)
-                yield from _spectral_numbers(None, False, tensor.numel(), place, name, str(error))
-            continue
-        precision = torch.finfo(torch.float64 if tensor.dtype == torch.float64 else torch.float32).eps
-        full = all(
-            numerical_rank(values, (matrix.shape[0], matrix.shape[1]), precision) == len(values)
-            for values, matrix in zip(found, matrices, strict=True)
-        )
-        values = torch.cat(found).sort(descending=True).values
-        full_rank &= full
-        every.append(values.cpu())
+    where = {"layer": place.layer, "component": place.component}
+    yield from _size(*square, where)
+    yield from sparsity_numbers(torch.cat([tensor.reshape(-1) for tensor in tensors.values()]), where)
+    spectra = spectra_of(tensors, convolutions)
+    for name, spectrum in spectra.items():
+        labelled = where | {"label": name}
         if params.per_matrix:
-            yield from _entries([tensor], *_sum_of_squares([tensor]), place, name)
-            yield from _spectral_numbers(values, full, tensor.numel(), place, name, None)
-        if params.spectra:
-            yield Array("singular_values", tuple(values.tolist()), place.layer, place.component, label=name)
-    if every or broken:
-        union = torch.cat(every).sort(descending=True).values if every and broken is None else None
-        yield from _spectral_numbers(union, full_rank, n, place, None, broken)
-
-
-def _spectral_numbers(
-    values: Tensor | None, full_rank: bool, n: int, place: Place, label: str | None, broken: str | None
-) -> Iterator[Result]:
-    from trace_offline.estimators.singular_values import effective_rank, stable_rank
-
-    where = {"layer": place.layer, "component": place.component, "label": label}
-    if values is None or float(values[0]) == 0:
-        for metric in _SPECTRAL:
-            yield missing(metric, broken or "all weights are 0", n, **where)
-        return
-    rank = effective_rank(values)
-    numbers = {
-        "spectral_norm": float(values[0]),
-        "stable_rank": stable_rank(values),
-        "effective_rank": rank,
-        "proportional_effective_rank": rank / len(values),
-    }
-    for metric, value in numbers.items():
-        yield Measurement(metric, value, n=n, **where)  # type: ignore[arg-type]
-    if full_rank:
-        condition = float(values[0] / values[-1])
-        yield Measurement("condition_number", condition, n=n, **where)  # type: ignore[arg-type]
-    else:
-        reason = "not of full rank within rounding: the smallest singular value cannot be told from 0"
-        yield missing("condition_number", reason, n, **where)
-
-
-def _matrices(tensor: Tensor, convolution: bool) -> list[Tensor]:
-    """The matrices a tensor holds: itself, a kernel as [outputs, rest], or one for every leading index (experts)."""
-    if tensor.ndim < 2:
-        return []
-    if convolution or tensor.ndim == 2:
-        return [tensor.flatten(1)]
-    return list(tensor.flatten(0, -3))
-
-
-def _convolution_weights(module: nn.Module) -> frozenset[str]:
-    from torch.nn.modules.conv import _ConvNd
-
-    return frozenset(
-        f"{name}.weight" if name else "weight" for name, item in module.named_modules() if isinstance(item, _ConvNd)
-    )
+            yield from _size(*_sum_of_squares([tensors[name]]), labelled)
+            yield from sparsity_numbers(tensors[name], labelled)
+            yield from spectral_numbers(spectrum, labelled)
+        if params.spectra and spectrum.values is not None:
+            yield Array("singular_values", tuple(spectrum.values.tolist()), place.layer, place.component, label=name)
+    together = union(spectra)
+    if together is not None:
+        yield from spectral_numbers(together, where)
