@@ -13,8 +13,11 @@ from trace_offline.analyzers._probe_data import choose_words
 from trace_offline.analyzers.base import Context
 from trace_offline.analyzers.probe import ProbeAnalyzer
 from trace_offline.analyzers.probe_weights import load_probe
+from trace_offline.core.errors import EvaluationSetError
 from trace_offline.core.types import Artifact
 from trace_offline.estimators.splits import Part
+from trace_offline.evaluation.evaluation_set import EvaluationSet
+from trace_offline.recording import save_evaluation_set
 
 ROWS, LENGTH, WIDTH = 300, 5, 8
 
@@ -109,3 +112,21 @@ def test_rare_labels_are_left_out_with_the_reason_and_mlp_works() -> None:
     assert one(found, "penalty", label="x", **where).reason == "a probe with a hidden layer has no penalty"
     found, _ = run(ProbeAnalyzer(), evaluation, hidden=(states,), min_class_count=5000)
     assert "no label has min_class_count = 5000" in one(found, "accuracy", **where).reason
+
+
+def test_the_whole_way_from_a_saved_set(tmp_path) -> None:
+    evaluation, states, _ = case()
+    annotations = [(r, "roles", start, end, label) for r, start, end, label in evaluation.annotations["roles"]]
+    with pytest.raises(EvaluationSetError, match="already have a label for this task"):
+        save_evaluation_set(tmp_path / "plain", evaluation.input_ids, annotations=annotations)
+    twice = [*annotations, annotations[0]]
+    with pytest.raises(EvaluationSetError, match="already have this label; keep one"):
+        save_evaluation_set(tmp_path / "twice", evaluation.input_ids, annotations=twice, multi_label=["roles"])
+    folder = save_evaluation_set(
+        tmp_path / "several", evaluation.input_ids, annotations=annotations, multi_label=["roles"]
+    )
+    loaded = EvaluationSet.load(folder)
+    assert len(loaded.spans("roles").row) == len(annotations)
+    found, _ = run(ProbeAnalyzer(), loaded, hidden=(states,))
+    expected, _ = run(ProbeAnalyzer(), evaluation, hidden=(states,))
+    assert found == expected

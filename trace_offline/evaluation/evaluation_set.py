@@ -120,9 +120,7 @@ class EvaluationSet:
             raise EvaluationSetError(f"{where}: example must number each row differently; some rows share a number.")
         annotations = form.read_annotations(folder, example).ordered()
         where_annotations = str(folder / form.ANNOTATIONS)
-        validate.check_spans(
-            annotations.row, annotations.task, annotations.start, annotations.end, n, t, where_annotations
-        )
+        validate.check_spans(annotations, n, t, where_annotations, description.multi_label)
         content_hash = form.ContentHash(description, n, t)
         n_tokens = 0
         for start, stop in form.row_chunks(n, t):

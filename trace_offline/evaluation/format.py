@@ -83,6 +83,7 @@ class Description:
     labels_shifted: bool = True
     alignment: str = "last"
     special_token_ids: tuple[int, ...] = ()
+    multi_label: tuple[str, ...] = ()
 
     name: str = "evaluation"
     tokenizer_hash: str | None = None
@@ -98,7 +99,7 @@ class Description:
             "labels_shifted": self.labels_shifted,
             "alignment": self.alignment,
             "special_token_ids": sorted(self.special_token_ids),
-        }
+        } | ({"multi_label": sorted(self.multi_label)} if self.multi_label else {})
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ def _check(contents: Contents, annotations: Annotations, description: Descriptio
     )
     validate.check_rows(ids, mask, labels, where)
     validate.check_row_numbers(n, contents.group, contents.split, where)
-    validate.check_spans(annotations.row, annotations.task, annotations.start, annotations.end, n, t, where)
+    validate.check_spans(annotations, n, t, where, description.multi_label)
     validate.check_spans_attended(
         annotations.row,
         annotations.start,
@@ -309,6 +310,7 @@ def _description(document: dict[str, Any], path: Path) -> Description:
         labels_shifted=get("labels_shifted", bool, True),
         alignment=get("alignment", str, "last"),
         special_token_ids=tuple(sorted(special)),
+        multi_label=tuple(str(task) for task in get("multi_label", list, [])),
         name=get("name", str, path.parent.name),
         tokenizer_hash=get("tokenizer_hash", (str, type(None)), None),
         tokenizer=get("tokenizer", (str, type(None)), None),

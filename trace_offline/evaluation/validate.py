@@ -5,6 +5,9 @@ Shape letters: N rows, T positions, M annotations. All arrays are numpy; ``where
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Protocol
+
 import numpy as np
 import numpy.typing as npt
 
@@ -112,19 +115,37 @@ def check_row_numbers(
             )
 
 
-def check_spans(
-    row: npt.NDArray[np.int64],
-    task: npt.NDArray[np.object_],
-    start: npt.NDArray[np.int64],
-    end: npt.NDArray[np.int64],
-    n_rows: int,
-    n_positions: int,
-    where: str,
-) -> None:
-    """``[M]`` each: rows exist, ``0 ≤ start < end ≤ T``, and no two annotations of a task cover the same tokens.
+class SpanTable(Protocol):
+    """Annotations, ``[M]`` each."""
+
+    @property
+    def row(self) -> npt.NDArray[np.int64]:
+        """Row of the set."""
+
+    @property
+    def task(self) -> npt.NDArray[np.object_]:
+        """Name of the task."""
+
+    @property
+    def start(self) -> npt.NDArray[np.int64]:
+        """First token position."""
+
+    @property
+    def end(self) -> npt.NDArray[np.int64]:
+        """Token position after the last."""
+
+    @property
+    def label(self) -> npt.NDArray[np.object_]:
+        """Name of the class."""
+
+
+def check_spans(spans: SpanTable, n_rows: int, n_positions: int, where: str, multi_label: Collection[str] = ()) -> None:
+    """Rows exist, ``0 ≤ start < end ≤ T``, and no two annotations of a task cover the same tokens; in the tasks
+    ``multi_label`` they may, with different labels.
 
     Raises EvaluationSetError naming the annotation.
     """
+    row, task, start, end = spans.row, spans.task, spans.start, spans.end
 
     def refuse(index: int, what: str) -> None:
         raise EvaluationSetError(
@@ -141,10 +162,18 @@ def check_spans(
     bad = np.flatnonzero((start < 0) | (end > n_positions))
     if len(bad):
         refuse(bad[0], f"it leaves the row; the positions are 0 to {n_positions - 1} (end is exclusive).")
-    seen: set[tuple[int, str, int, int]] = set()
-    for index, key in enumerate(zip(row.tolist(), task.tolist(), start.tolist(), end.tolist(), strict=True)):
+    seen: set[tuple[object, ...]] = set()
+    for index, (name, label) in enumerate(zip(task.tolist(), spans.label.tolist(), strict=True)):
+        several = name in multi_label
+        key = (row[index], name, start[index], end[index], label if several else None)
         if key in seen:
-            refuse(index, "these tokens already have a label for this task; keep one, or give them two tasks.")
+            refuse(
+                index,
+                "these tokens already have this label; keep one."
+                if several
+                else "these tokens already have a label for this task; keep one, give them two tasks, or name the task "
+                "in multi_label.",
+            )
         seen.add(key)
 
 

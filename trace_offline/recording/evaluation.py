@@ -32,6 +32,7 @@ def save_evaluation_set(
     source: str = "",
     licence: str = "",
     alignment: str = "last",
+    multi_label: Sequence[str] = (),
 ) -> Path:
     """Write fixed evaluation batches next to the checkpoints; call once, before or after training.
 
@@ -44,6 +45,7 @@ def save_evaluation_set(
     ``tokenizer``: tokenizer object or folder; its hash is kept so that a checkpoint with another one is noticed.
     ``split [N]``: 0 = fit probes on this row, 1 = score on it. ``group [N]``: rows that belong together.
     ``alignment``: which sub-word of an annotation carries the label: ``last``, ``first`` or ``mean``.
+    ``multi_label``: tasks in which the same tokens may carry several labels.
 
     Calling again with the same content does nothing. Raises EvaluationSetError for content that does not hold together
     or when the folder holds a different set.
@@ -76,6 +78,7 @@ def save_evaluation_set(
         labels_shifted=labels_shifted,
         alignment=alignment,
         special_token_ids=tuple(sorted(set(special))),
+        multi_label=tuple(sorted(set(multi_label))),
         name=name,
         tokenizer_hash=_tokenizer_hash(tokenizer),
         tokenizer=_tokenizer_name(tokenizer),
