@@ -54,7 +54,7 @@ def generate(path: Path) -> int:
                 )
                 for s in steps
             ]
-            writer.register_run(name, name, "", {})
+            writer.register_run(name, name, "e", {"dtype": "float32", "seed": 0, "model_factory": None, "blocks": None})
             writer.register_checkpoints(name, [(f"step{c.step}", c) for c in checkpoints])
             analyses, planned, chunks = [], [], []
             for checkpoint in checkpoints:

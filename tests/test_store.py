@@ -34,7 +34,8 @@ def identity(item: Checkpoint, analyzer: str, params: str = "{}", run: str = "r"
 
 
 def fill(writer: Writer, items: list[Checkpoint], run: str = "r") -> None:
-    writer.register_run(run, "somewhere", "eval", {})
+    options = {"dtype": "float32", "seed": 0, "model_factory": None, "blocks": None}
+    writer.register_run(run, "somewhere", "e1", options)
     writer.register_evaluation_set(EVALUATION)
     writer.register_checkpoints(run, [(f"step{item.step}", item) for item in items])
 

@@ -13,7 +13,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trace_offline.analyzers.base import Analyzer, Context, MetricSpec, Need, Scope
+    from trace_offline.analyzers.base import (
+        Analyzer,
+        Context,
+        Extract,
+        MetricSpec,
+        Need,
+        Scope,
+        SeriesAnalyzer,
+        SeriesContext,
+    )
     from trace_offline.api import analyze, rerun
     from trace_offline.checkpoints.discover import discover
     from trace_offline.core.errors import (
@@ -37,7 +46,10 @@ _WHERE = {
     "analyze": "trace_offline.api",
     "rerun": "trace_offline.api",
     "Store": "trace_offline.query.reader",
-    **dict.fromkeys(("Analyzer", "Context", "MetricSpec", "Need", "Scope"), "trace_offline.analyzers.base"),
+    **dict.fromkeys(
+        ("Analyzer", "Context", "Extract", "MetricSpec", "Need", "Scope", "SeriesAnalyzer", "SeriesContext"),
+        "trace_offline.analyzers.base",
+    ),
     "Params": "trace_offline.core.params",
     **dict.fromkeys(("Array", "Artifact", "Checkpoint", "CheckpointState", "Measurement"), "trace_offline.core.types"),
     **dict.fromkeys(
@@ -56,12 +68,15 @@ __all__ = [
     "Context",
     "EvaluationSet",
     "EvaluationSetError",
+    "Extract",
     "Measurement",
     "MetricSpec",
     "Need",
     "NotApplicable",
     "Params",
     "Scope",
+    "SeriesAnalyzer",
+    "SeriesContext",
     "Store",
     "StoreError",
     "TraceOfflineError",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +33,8 @@ def run_analyze(given: Mapping[str, Any], assignments: list[str], config: Path |
     if "steps" in merged:
         merged["steps"] = parse_steps(merged["steps"])
     merged["analyzers"] = tuple(merged.get("analyzers", ()))
-    summary = analyze(AnalyzeOptions(**merged, params=params), default_progress())
+    with interruptible():
+        summary = analyze(AnalyzeOptions(**merged, params=params), default_progress())
     return finish([summary], as_json=as_json)
 
 
@@ -46,15 +49,27 @@ def run_rerun(
     from trace_offline.engine.progress import default_progress
     from trace_offline.engine.rerun import rerun
 
-    summaries = rerun(
-        store,
-        analyzer,
-        params,
-        steps=parse_steps(steps) if steps else None,
-        progress=default_progress(),
-        **options,
-    )
+    chosen = parse_steps(steps) if steps else None
+    with interruptible():
+        summaries = rerun(store, analyzer, params, steps=chosen, progress=default_progress(), **options)
     return finish(summaries, as_json=as_json)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end a run with one message and exit code 130; what was finished is stored."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("Interrupted. What was finished is stored; the same command goes on from there.", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def finish(summaries: list[Summary], *, as_json: bool) -> int:
@@ -81,7 +96,7 @@ def _lines(summary: Summary) -> list[str]:
     if len(summary.problems) > len(shown):
         lines.append(f"… and {len(summary.problems) - len(shown)} more; see: trace-offline status {summary.store}")
     done = summary.ok + summary.not_applicable + summary.failed + summary.crashed
-    if done == 0:
+    if done == 0 and not summary.problems:
         lines.append(
             f"{summary.run}: nothing to do: all {summary.already_done + summary.shared} analyses of "
             f"{summary.checkpoints} checkpoints are already in {summary.store}."

@@ -194,9 +194,6 @@ def main() -> None:
     except TraceOfflineError as error:
         print(f"Error: {error.message}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("Interrupted. What was finished is stored; the same command goes on from there.", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:
         # The reader of our output (head, less) went away.
         sys.stderr.close()

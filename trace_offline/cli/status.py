@@ -6,6 +6,14 @@ import json
 import sys
 from pathlib import Path
 
+# The last word on each checkpoint and analyzer: what failed once and went well since is history.
+_TROUBLES = """
+select run, step, analyzer, status, message from status
+qualify finished_at = max(finished_at) over (partition by run, step, checkpoint, evaluation_set, analyzer)
+  and status in ('failed', 'crashed')
+order by run, step, analyzer
+"""
+
 
 def show(path: Path, *, as_json: bool) -> int:
     """Print what is planned, done and failed; exit code 0, or 1 when something failed."""
@@ -13,10 +21,11 @@ def show(path: Path, *, as_json: bool) -> int:
     from trace_offline.query.reader import Store
 
     store = Store.open(path)
+    troubles = store.sql(_TROUBLES)
     if as_json:
         rows = store.sql("select * from status order by run, step, analyzer").to_pylist()
         print(json.dumps(rows, indent=1, default=str))
-        return 1 if any(row["status"] in ("failed", "crashed") for row in rows) else 0
+        return 1 if troubles.num_rows else 0
     overview = store.sql(
         "select run, analyzer, count(*) filter (where status = 'ok') as ok, "
         "count(*) filter (where status = 'not_applicable') as not_applicable, "
@@ -25,10 +34,6 @@ def show(path: Path, *, as_json: bool) -> int:
         "from status group by all order by run, analyzer"
     )
     sys.stdout.write(render(overview, "table").decode())
-    troubles = store.sql(
-        "select run, step, analyzer, status, message from status where status in ('failed', 'crashed') "
-        "order by run, step, analyzer"
-    )
     if troubles.num_rows:
         sys.stdout.write("\nFailed\n" + render(troubles, "table").decode())
     idle = store.sql(

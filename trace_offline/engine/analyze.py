@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,13 @@ from trace_offline.analyzers.registry import registry
 from trace_offline.checkpoints.discover import discover, select
 from trace_offline.core.errors import CheckpointError, UsageError
 from trace_offline.core.types import Checkpoint
-from trace_offline.engine.execution import Execution, Summary, duplicate_warnings, with_model
+from trace_offline.engine.execution import Execution, Summary, duplicate_warnings
 from trace_offline.engine.fingerprints import known_fingerprints, with_fingerprints
-from trace_offline.engine.options import AnalyzeOptions, choose_jobs
+from trace_offline.engine.options import AnalyzeOptions, choose_jobs, factory_digest
 from trace_offline.engine.plan import Planner, default_run_name, resolve_analyzers, short_names
 from trace_offline.engine.progress import Progress, Silent
 from trace_offline.engine.series import SeriesPlan
-from trace_offline.engine.unit import Unit, WorkSettings, model_fingerprint
+from trace_offline.engine.unit import Unit, WorkSettings
 from trace_offline.engine.worker import check_tokenizer_of, resolve_device
 from trace_offline.evaluation.evaluation_set import EvaluationSet
 from trace_offline.store.writer import Writer
@@ -35,13 +36,17 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None) -> Summar
     progress = progress or Silent()
     options.check()
     wanted = resolve_analyzers(registry(), options.analyzers, options.params)
+    single = tuple(item for item in wanted if registry().get(item.name).scope is Scope.CHECKPOINT)
+    comparing = tuple(item for item in wanted if item not in single)
     evaluation = EvaluationSet.load(options.evaluation_set)
     found = discover(options.source, revisions=options.revisions)
+    usable = _usable(found, options)
+    # A comparison means the whole series: its first and last checkpoint are not those of a selection.
+    needed = usable if comparing else _selected(usable, options)
     run = options.run or default_run_name(options.source)
-    chosen = _choose(found, options)
 
     device = resolve_device(options.device)
-    jobs, threads = choose_jobs(options.jobs, device, max(item.size_bytes for item in chosen))
+    jobs, threads = choose_jobs(options.jobs, device, max(item.size_bytes for item in usable))
     settings = WorkSettings(
         evaluation_set=str(Path(options.evaluation_set).absolute()),
         evaluation_hash=evaluation.hash,
@@ -53,50 +58,54 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None) -> Summar
         blocks=options.blocks,
         tokenizer=options.tokenizer,
         trust_remote_code=options.trust_remote_code,
+        factory_digest=factory_digest(options.model_factory),
     )
-    local = next((item for item in chosen if item.layout != "hub"), None)
-
-    def fits() -> None:
-        if local is not None:
-            check_tokenizer_of(Unit(local, (), settings), evaluation)
-
     if not Path(options.store).exists():
-        fits()  # before anything is made; later only when there is something to do, for it loads transformers
+        _check_fit(needed, settings, evaluation)  # before anything is made
 
-    summary = Summary(run, Path(options.store), len(chosen))
-    summary.set_aside = [f"{item.location}: {item.state.value}: {item.reason}" for item in found
-                         if not item.state.analyzable]  # fmt: skip
     with Writer.open(Path(options.store)) as writer:
-        chosen = with_fingerprints(chosen, writer, known_fingerprints(writer))
-        summary.warnings = duplicate_warnings(chosen)
-        _check_same_run(writer, run, options, chosen)
-        writer.register_run(run, _absolute(options.source), settings.evaluation_set, options.stored())
-        writer.register_evaluation_set(_evaluation_row(evaluation, settings))
-        aside = [item for item in found if not item.state.analyzable]
-        writer.register_checkpoints(run, short_names(options.source, [*_with_model(chosen, options), *aside]))
-
+        needed, stamps, unreadable = with_fingerprints(needed, writer, known_fingerprints(writer))
+        if not needed:
+            raise CheckpointError(f"No checkpoint in {options.source} can be read: {unreadable[0].reason}")
+        _check_same_run(writer, run, options, needed)
         done = {str(key): str(status) for key, status in writer.read("select analysis_id, status from analyses")}
-        single = tuple(item for item in wanted if registry().get(item.name).scope is Scope.CHECKPOINT)
-        comparing = tuple(item for item in wanted if item not in single)
-        planner = Planner(run, single, settings, done, options.force)
-        extracts = writer.path.with_suffix(".extracts")
-        series = SeriesPlan(run, comparing, settings, extracts, done, options.force)
-        known = [item for item in chosen if item.fingerprint is not None]
-        writer.plan(row for item in known for row in planner.identities(item))
+        planner = Planner(run, single, settings, done, options.force, stamps)
+        series = SeriesPlan(run, comparing, settings, writer.path.with_suffix(".extracts"), done, options.force)
+        chosen = _selected(needed, options)
+        if series.pending(needed) or any(planner.missing(item) for item in chosen):
+            _check_fit(needed, settings, evaluation)
+
+        writer.register_run(run, _absolute(options.source), evaluation.hash, options.stored())
+        name = writer.register_evaluation_set(_evaluation_row(evaluation, settings))
+        aside = [item for item in found if not item.state.analyzable] + unreadable
+        writer.register_checkpoints(run, short_names(options.source, [*needed, *aside]), everything=True)
+        writer.plan(row for item in chosen if item.fingerprint for row in planner.identities(item))
+
+        summary = Summary(run, Path(options.store), len(needed if comparing else chosen))
+        summary.set_aside = [f"{item.location}: {item.state.value}: {item.reason}" for item in aside]
+        summary.warnings = duplicate_warnings(needed)
+        if name != evaluation.name:
+            summary.warnings.append(
+                f'another evaluation set of this store is called "{evaluation.name}"; this one is "{name}" in history.'
+            )
 
         def register(item: Checkpoint) -> None:
-            writer.register_checkpoints(run, short_names(options.source, _with_model([item], options)))
+            writer.register_checkpoints(run, short_names(options.source, [item]))
 
-        Execution(planner, series, writer, summary, jobs, progress, register, fits).run(chosen)
+        Execution(planner, series, writer, summary, jobs, progress, register).run(chosen, needed)
     summary.seconds = time.monotonic() - started
     return summary
 
 
-def _choose(found: list[Checkpoint], options: AnalyzeOptions) -> list[Checkpoint]:
+def _usable(found: list[Checkpoint], options: AnalyzeOptions) -> list[Checkpoint]:
     usable = select(found)
     if not usable:
         reasons = "; ".join(f"{item.location}: {item.state.value}: {item.reason}" for item in found[:5])
         raise CheckpointError(f"No checkpoint in {options.source} can be analyzed. Found {len(found)}: {reasons}")
+    return usable
+
+
+def _selected(usable: list[Checkpoint], options: AnalyzeOptions) -> list[Checkpoint]:
     if options.steps is None:
         return usable
     steps = options.steps
@@ -107,29 +116,43 @@ def _choose(found: list[Checkpoint], options: AnalyzeOptions) -> list[Checkpoint
     return chosen
 
 
-def _with_model(chosen: list[Checkpoint], options: AnalyzeOptions) -> list[Checkpoint]:
-    return with_model(chosen, lambda value: model_fingerprint(value, options.model_factory, options.blocks))
+def _check_fit(chosen: list[Checkpoint], settings: WorkSettings, evaluation: EvaluationSet) -> None:
+    """Raise EvaluationSetError when the first checkpoint on this disk has another tokenizer.
+
+    Called only when there is something to do: reading a tokenizer loads transformers.
+    """
+    local = next((item for item in chosen if item.layout != "hub"), None)
+    if local is not None:
+        check_tokenizer_of(Unit(local, (), settings), evaluation)
 
 
 def _absolute(source: str) -> str:
-    return source if source.startswith("hf://") else str(Path(source).absolute())
+    return source if source.startswith("hf://") else os.path.abspath(source)
 
 
 def _check_same_run(writer: Writer, run: str, options: AnalyzeOptions, chosen: list[Checkpoint]) -> None:
-    """Two different series must not share one run name; a moved folder may."""
+    """Two different series must not share one run name; a moved folder may.
+
+    Step 0 proves nothing: runs that differ in their data alone begin with the same weights.
+    """
     known = writer.read("select source from runs where run = ?", [run])
     if not known or known[0][0] == _absolute(options.source):
         return
-    stored = dict(writer.read(
-        "select step, fingerprint from checkpoints where run = ? and state in ('complete', 'duplicate')", [run]
-    ))  # fmt: skip
-    for item in _with_model(chosen, options):
-        old = stored.get(item.step)
-        if old is not None and item.fingerprint is not None and old != item.fingerprint:
-            raise UsageError(
-                f'The store already has a run "{run}", from {known[0][0]}, with other weights at step {item.step}. '
-                "Give this series a name of its own with --run NAME."
-            )
+    stored = dict(
+        writer.read(
+            "select step, fingerprint from checkpoints where run = ? and state in ('complete', 'duplicate')", [run]
+        )
+    )
+    common = [item for item in chosen if item.fingerprint is not None and stored.get(item.step) is not None]
+    differing = [item for item in common if stored[item.step] != item.fingerprint]
+    same = [item for item in common if item not in differing and item.step != 0]
+    still_there = known[0][0].startswith("hf://") or os.path.exists(known[0][0])
+    if differing or (still_there and not same):
+        why = f"with other weights at step {differing[0].step}" if differing else "and shares no later step with it"
+        raise UsageError(
+            f'The store already has a run "{run}", from {known[0][0]}, {why}. '
+            "Give this series a name of its own with --run NAME."
+        )
 
 
 def _evaluation_row(evaluation: EvaluationSet, settings: WorkSettings) -> dict[str, Any]:
@@ -141,6 +164,6 @@ def _evaluation_row(evaluation: EvaluationSet, settings: WorkSettings) -> dict[s
         "n_tokens": evaluation.n_tokens,
         "tokenizer_hash": evaluation.tokenizer_hash,
         "objective": evaluation.objective,
-        "source": getattr(evaluation, "source", None),
-        "licence": getattr(evaluation, "licence", None),
+        "source": evaluation.source,
+        "licence": evaluation.licence,
     }

@@ -60,11 +60,7 @@ class Summary:
 
 @dataclass
 class Execution:
-    """One run of what is missing.
-
-    ``register``: stores a checkpoint whose fingerprint became known on the way. ``check``: raises when checkpoint and
-    evaluation set do not belong together; called only when there is something to do.
-    """
+    """One run of what is missing. ``register``: stores a checkpoint whose fingerprint became known on the way."""
 
     planner: Planner
     series: SeriesPlan
@@ -73,47 +69,56 @@ class Execution:
     jobs: int
     progress: Progress
     register: Callable[[Checkpoint], None]
-    check: Callable[[], None]
     _names: dict[str, str] = field(default_factory=dict)
     _identities: dict[str, dict[str, Any]] = field(default_factory=dict)
     _arrived: deque[Checkpoint] = field(default_factory=deque)
 
-    def run(self, chosen: list[Checkpoint]) -> None:
-        """Measure and compare what is missing for these checkpoints, in order of training."""
+    def run(self, chosen: list[Checkpoint], whole: list[Checkpoint]) -> None:
+        """Measure ``chosen`` and compare ``whole`` (the series, in order of training), as far as it is missing."""
         planner, series = self.planner, self.series
-        pending = series.pending(chosen)
+        pending = series.pending(whole)
+        places = {id(item) for item in chosen}
         for item in chosen:
             if item.fingerprint is not None:
                 self._note(item)
-        local = [item for item in chosen if item.layout != "hub"]
+
+        def unit_of(item: Checkpoint, *, measure: bool) -> Unit | None:
+            return planner.unit(item, series.extract_requests(item, pending), measure=measure)
+
         units = [
-            unit for item in local if (unit := planner.unit(item, series.extract_requests(item, pending))) is not None
+            unit
+            for item in whole
+            if item.layout != "hub" and (unit := unit_of(item, measure=id(item) in places)) is not None
         ]
         # A revision whose fingerprint is remembered and whose analyses are all stored is not downloaded again.
-        remote = [item for item in chosen if item.layout == "hub" and (planner.missing(item) or pending)]
-        todo = sum(len(unit.requests) for unit in units)
-        todo += sum(planner.missing(item) + len(pending) for item in remote)
-        comparisons = len(pending) * len(chosen)
-        self._count_done(chosen, pending, units)
-        if todo + comparisons == 0:
+        remote = [
+            item
+            for item in whole
+            if item.layout == "hub" and ((id(item) in places and planner.missing(item)) or pending)
+        ]
+        todo = sum(len(unit.requests) for unit in units) + len(pending) * len(whole)
+        todo += sum(planner.missing(item) for item in remote if id(item) in places) + len(pending) * len(remote)
+        self._count_done(chosen, whole, pending, units)
+        if todo == 0:
             return
-        self.check()
-        self.progress.start(todo + comparisons, len(chosen) if pending else len(units) + len(remote))
-        final = {id(item): item for item in chosen}
+        self.progress.start(todo, len(whole) if pending else len(units) + len(remote))
+        final = {id(item): item for item in whole}
         try:
-            self._measure(units, remote, pending, final)
-            known = [final[id(checkpoint)] for checkpoint in chosen]
+            self._measure(units, remote, final, lambda item, asked: unit_of(item, measure=asked in places), pending)
+            known = [final[id(item)] for item in whole]
             for wanted in pending:
                 self._compare(wanted, known)
-            self.summary.warnings = duplicate_warnings(known)
+            self.summary.warnings += [text for text in duplicate_warnings(known) if text not in self.summary.warnings]
         finally:
             self.progress.stop()
 
-    def _count_done(self, chosen: list[Checkpoint], pending: tuple[Wanted, ...], units: list[Unit]) -> None:
+    def _count_done(
+        self, chosen: list[Checkpoint], whole: list[Checkpoint], pending: tuple[Wanted, ...], units: list[Unit]
+    ) -> None:
         planner = self.planner
         missing = sum(planner.missing(item) for item in chosen)
-        there = len(chosen) * (len(planner.wanted) + len(self.series.wanted) - len(pending)) - missing
-        self.summary.already_done = there
+        self.summary.already_done = len(chosen) * len(planner.wanted) - missing
+        self.summary.already_done += len(whole) * (len(self.series.wanted) - len(pending))
         local = sum(planner.missing(item) for item in chosen if item.layout != "hub")
         self.summary.shared = local - sum(request.extract_to is None for unit in units for request in unit.requests)
 
@@ -123,21 +128,23 @@ class Execution:
             self._identities.setdefault(row["analysis_id"], row)
 
     def _measure(
-        self, units: list[Unit], remote: list[Checkpoint], pending: tuple[Wanted, ...], final: dict[int, Checkpoint]
+        self,
+        units: list[Unit],
+        remote: list[Checkpoint],
+        final: dict[int, Checkpoint],
+        unit_of: Callable[[Checkpoint, int], Unit | None],
+        pending: tuple[Wanted, ...],
     ) -> None:
         asked = {item.location: id(item) for item in remote}
-
-        def lost(item: Checkpoint, reason: str) -> None:
-            self.summary.failed += self.planner.missing(item)
-            self.summary.problems.append(f"{item.location}: {reason}")
+        gone: list[tuple[Checkpoint, str]] = []
 
         def all_units() -> Iterator[Unit]:
             yield from units
-            for item in fetched(remote, lost):
+            for item in fetched(remote, lambda item, reason: gone.append((item, reason))):
                 final[asked[item.location]] = item
                 self._note(item)
                 self._arrived.append(item)
-                unit = self.planner.unit(item, self.series.extract_requests(item, pending))
+                unit = unit_of(item, asked[item.location])
                 if unit is not None:
                     yield unit
 
@@ -146,6 +153,10 @@ class Execution:
             self._welcome()
             self._store(unit, outcomes)
         self._welcome()
+        for item, reason in gone:
+            self.summary.failed += max(1, self.planner.missing(item) + len(pending))
+            self.summary.problems.append(f"{item.location}: {reason}")
+            self.register(dataclasses.replace(item, reason=reason))
 
     def _welcome(self) -> None:
         """Store the revisions that were fetched since; fetching itself happens in joblib's dispatching thread."""
@@ -195,11 +206,3 @@ def duplicate_warnings(chosen: list[Checkpoint]) -> list[str]:
                 "If the training went on between them, the published files are wrong."
             )
     return warnings
-
-
-def with_model(chosen: list[Checkpoint], fingerprint: Callable[[str], str]) -> list[Checkpoint]:
-    """Checkpoints as stored: their fingerprint includes the factory that turns the weights into a model."""
-    return [
-        item if item.fingerprint is None else dataclasses.replace(item, fingerprint=fingerprint(item.fingerprint))
-        for item in chosen
-    ]

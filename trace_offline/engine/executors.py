@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -75,11 +78,25 @@ def _parallel(tasks: Iterator[Any], jobs: int) -> Iterator[tuple[str, list[Outco
         return_as="generator_unordered",
         pre_dispatch=jobs,
         batch_size=1,
+        initializer=_end_with,
+        initargs=(os.getpid(),),
     )
     with warnings.catch_warnings():
         # A generator closed early (an interrupt) warns about the tasks it cancels; that is what was asked for.
         warnings.filterwarnings("ignore", category=UserWarning, module="joblib")
         yield from parallel(tasks)
+
+
+def _end_with(parent: int) -> None:
+    """A worker whose parent was killed must not go on computing beside the run that takes over."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    if os.getppid() == parent:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _keyed(body: Body, unit: Unit) -> tuple[str, list[Outcome]]:

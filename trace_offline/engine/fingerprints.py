@@ -8,8 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from trace_offline.checkpoints.fingerprint import Cache, FileKey, fingerprint
-from trace_offline.core.types import Checkpoint
+from trace_offline.core.errors import CheckpointError
+from trace_offline.core.types import Checkpoint, CheckpointState
 from trace_offline.engine.options import cores
+from trace_offline.engine.unit import Stamps, file_stamps
 
 if TYPE_CHECKING:
     from trace_offline.store.writer import Writer
@@ -23,24 +25,31 @@ def known_fingerprints(writer: Writer) -> Cache:
     return {(str(path), int(size), int(mtime)): json.loads(value) for path, size, mtime, value in rows}
 
 
-def with_fingerprints(checkpoints: list[Checkpoint], writer: Writer, cache: Cache) -> list[Checkpoint]:
-    """The checkpoints with ``fingerprint`` filled in, except hub revisions never analyzed before.
+def with_fingerprints(
+    checkpoints: list[Checkpoint], writer: Writer, cache: Cache
+) -> tuple[list[Checkpoint], dict[str, Stamps], list[Checkpoint]]:
+    """(checkpoints with ``fingerprint``, their stamps by location, those that cannot be read after all).
 
-    Hub revisions whose commit was analyzed get the fingerprint recorded then, without a download. Raises
-    CheckpointError when a file cannot be read.
+    Hub revisions whose commit was analyzed before get the fingerprint recorded then, without a download; others of the
+    hub keep None. A file that cannot be read costs its own checkpoint only.
     """
     before = set(cache)
-    local = [item for item in checkpoints if item.layout != "hub"]
+    stamps: dict[str, Stamps] = {}
+
+    def taken(item: Checkpoint) -> Checkpoint:
+        if item.layout == "hub":
+            return dataclasses.replace(item, fingerprint=cache.get(hub_key(item), {}).get(_WHOLE))
+        try:
+            stamps[item.location] = file_stamps(item)  # before the hash: a later change shows
+            return dataclasses.replace(item, fingerprint=fingerprint(item, cache))
+        except CheckpointError as error:
+            return dataclasses.replace(item, state=CheckpointState.UNREADABLE, reason=error.message)
+
     # Hashing releases the GIL, so threads read several files at a time.
     with ThreadPoolExecutor(cores()) as pool:
-        hashed = iter(list(pool.map(lambda item: fingerprint(item, cache), local)))
+        done = list(pool.map(taken, checkpoints))
     remember(writer, {key: cache[key] for key in set(cache) - before})
-    return [
-        dataclasses.replace(
-            item, fingerprint=cache.get(hub_key(item), {}).get(_WHOLE) if item.layout == "hub" else next(hashed)
-        )
-        for item in checkpoints
-    ]
+    return [item for item in done if item.state.analyzable], stamps, [i for i in done if not i.state.analyzable]
 
 
 def remember(writer: Writer, digests: Cache) -> None:

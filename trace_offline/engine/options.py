@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_offline.core.errors import UsageError, nearest
+from trace_offline.core.hashing import file_digest
 from trace_offline.core.steps import StepSelection
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -73,9 +74,21 @@ class AnalyzeOptions:
             "jobs": self.jobs,
             "model_factory": self.model_factory,
             "blocks": self.blocks,
-            "tokenizer": self.tokenizer,
+            "tokenizer": self.tokenizer and str(Path(self.tokenizer).absolute()),
             "trust_remote_code": self.trust_remote_code,
         }
+
+
+def factory_digest(model_factory: str | None) -> str:
+    """Hash of the source file of a factory, so that an edited factory is another model; empty without a factory."""
+    if model_factory is None:
+        return ""
+    import inspect
+
+    from trace_offline.checkpoints.factory import load_factory
+
+    source = inspect.getsourcefile(inspect.unwrap(load_factory(model_factory)))
+    return file_digest(Path(source)) if source else ""
 
 
 def cores() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,16 @@ from trace_offline.core.errors import UsageError
 from trace_offline.core.hashing import canonical_json
 from trace_offline.core.params import parse_params
 from trace_offline.core.types import Checkpoint
-from trace_offline.engine.unit import AnalysisRequest, Unit, Wanted, WorkSettings, analysis_id, model_fingerprint
+from trace_offline.engine.unit import (
+    AnalysisRequest,
+    Stamps,
+    Unit,
+    Wanted,
+    WorkSettings,
+    analysis_id,
+    file_stamps,
+    model_fingerprint,
+)
 from trace_offline.store.rows import checkpoint_id
 
 
@@ -53,6 +63,7 @@ class Planner:
     settings: WorkSettings
     done: dict[str, str]
     force: bool = False
+    stamps: Mapping[str, Stamps] = field(default_factory=dict)
     _scheduled: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -60,15 +71,15 @@ class Planner:
         """The identity of every wanted analysis of a checkpoint, as rows of ``planned``."""
         assert checkpoint.fingerprint is not None  # computed before planning
         settings = self.settings
-        fingerprint = model_fingerprint(checkpoint.fingerprint, settings.model_factory, settings.blocks)
+        model = model_fingerprint(checkpoint.fingerprint, settings)
         return [
             {
                 "checkpoint_id": checkpoint_id(self.run, checkpoint),
                 "analysis_id": analysis_id(
-                    fingerprint, item.name, item.version, item.params, settings.evaluation_hash, settings.dtype,
+                    model, item.name, item.version, item.params, settings.evaluation_hash, settings.dtype,
                     settings.seed,
                 ),
-                "fingerprint": fingerprint,
+                "fingerprint": checkpoint.fingerprint,
                 "analyzer": item.name,
                 "analyzer_version": item.version,
                 "params": canonical_json(dict(item.params)),
@@ -88,40 +99,46 @@ class Planner:
             return len(self.wanted)
         return sum(not self._is_done(row["analysis_id"]) for row in self.identities(checkpoint))
 
-    def unit(self, checkpoint: Checkpoint, extracts: tuple[AnalysisRequest, ...] = ()) -> Unit | None:
+    def unit(
+        self, checkpoint: Checkpoint, extracts: tuple[AnalysisRequest, ...] = (), *, measure: bool = True
+    ) -> Unit | None:
         """What is still to do for this checkpoint, with what is to be extracted for series, or None.
 
-        The same weights are never scheduled twice.
+        ``measure`` False: extracts only. The same weights are never scheduled twice.
         """
         requests = []
         with self._lock:
-            for item, row in zip(self.wanted, self.identities(checkpoint), strict=True):
+            wanted = self.wanted if measure else ()
+            for item, row in zip(wanted, self.identities(checkpoint)[: len(wanted)], strict=True):
                 key = row["analysis_id"]
                 if not self._is_done(key) and key not in self._scheduled:
                     self._scheduled.add(key)
                     requests.append(AnalysisRequest(key, item.name, item.version, item.params))
         requests.extend(extracts)
-        return Unit(checkpoint, tuple(requests), self.settings) if requests else None
+        if not requests:
+            return None
+        stamps = self.stamps.get(checkpoint.location) or file_stamps(checkpoint)
+        return Unit(checkpoint, tuple(requests), self.settings, stamps)
 
 
 def default_run_name(source: str) -> str:
     """``hf://org/name`` → ``org/name``; a folder or file → its own name."""
     if source.startswith("hf://"):
         return source.removeprefix("hf://").split("@", 1)[0]
-    path = Path(source).absolute()
+    path = Path(os.path.abspath(source))  # normalised, so that ".." has a name; links are not followed
     return path.name or str(path)
 
 
 def short_names(source: str, checkpoints: Iterable[Checkpoint]) -> list[tuple[str, Checkpoint]]:
     """Checkpoints with the names shown in ``history.checkpoint``: relative to the source, or the revision."""
-    base = None if source.startswith("hf://") else Path(source).absolute()
+    base = None if source.startswith("hf://") else Path(os.path.abspath(source))
     named = []
     for checkpoint in checkpoints:
         name = checkpoint.location
         if checkpoint.location.startswith("hf://"):
             name = checkpoint.location.rsplit("@", 1)[-1]
         elif base is not None:
-            path = Path(checkpoint.location).absolute()
+            path = Path(os.path.abspath(checkpoint.location))
             if path.is_relative_to(base):
                 name = path.relative_to(base).as_posix()
                 name = path.name if name == "." else name

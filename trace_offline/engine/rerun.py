@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from trace_offline.analyzers.registry import registry
-from trace_offline.core.errors import StoreError, UsageError, nearest
+from trace_offline.core.errors import StoreError, TraceOfflineError, UsageError, nearest
 from trace_offline.core.steps import StepSelection
 from trace_offline.engine.analyze import Summary, analyze
 from trace_offline.engine.options import AnalyzeOptions
 from trace_offline.engine.progress import Progress
 from trace_offline.query.reader import Store
+
+_KEPT = ("revisions", "dtype", "seed", "device", "jobs", "model_factory", "blocks", "tokenizer", "trust_remote_code")
+
+# One row for each way a run was analyzed, and whether this analyzer took part in it.
+_REQUESTS = """
+select q.run, r.source, e.hash, e.name, e.path, q.dtype, q.seed, q.options,
+  exists (select 1 from planned p join checkpoints c using (checkpoint_id) where c.run = q.run and p.analyzer = ?
+    and p.evaluation_set = q.evaluation_set and p.dtype = q.dtype and p.seed = q.seed) as took_part
+from requests q join runs r using (run) join evaluation_sets e on e.hash = q.evaluation_set order by q.asked_at
+"""
 
 
 def rerun(
@@ -33,51 +42,70 @@ def rerun(
 ) -> list[Summary]:
     """Run one analyzer again over every run of a store (or the one named).
 
-    Parameters start from those of the analyzer's latest analysis of that run; ``params`` changes single ones. What is
-    already stored with these very parameters is left alone unless ``force``. ``source`` and ``evaluation_set`` say
-    where the files are now, when they moved.
+    Each run is repeated as it was asked for: on each of its evaluation sets, with its number type, seed, factory. Where
+    the analyzer took part in some of these, only those; where in none, all. Parameters start from those of the
+    analyzer's latest analysis there; ``params`` changes single ones. What is stored with these very parameters is left
+    alone unless ``force``. ``source`` and ``evaluation_set`` say where the files are now, when they moved.
+
+    A run that cannot be repeated (its files are gone) is reported in its summary and leaves the others alone; when
+    there is only one, the error is raised.
     """
     registry().get(analyzer)
     opened = Store.open(store)
-    rows = opened.sql("select run, source, evaluation_set_path, options from runs order by created_at").to_pylist()
+    rows = _requests(opened, analyzer, run)
+    if source is not None and len({row["run"] for row in rows}) > 1:
+        raise UsageError("--source moves one run; name it with --run.")
+    if evaluation_set is not None and len({row["hash"] for row in rows}) > 1:
+        names = ", ".join(sorted({row["name"] for row in rows}))
+        raise UsageError(f"--evaluation-set moves one evaluation set, but these were used: {names}. Use analyze.")
+    summaries = []
+    for row in rows:
+        kept = json.loads(row["options"])
+        options = AnalyzeOptions(
+            source=source or row["source"],
+            evaluation_set=evaluation_set or Path(row["path"]),
+            store=store,
+            analyzers=(analyzer,),
+            params={analyzer: {**_latest_params(opened, row, analyzer), **(params or {})}},
+            run=row["run"],
+            steps=steps,
+            force=force,
+            **{**{name: value for name, value in kept.items() if name in _KEPT}, **_given(device=device, jobs=jobs)},
+        )
+        try:
+            summaries.append(analyze(options, progress))
+        except TraceOfflineError as error:
+            if len(rows) == 1 or isinstance(error, StoreError):
+                raise
+            problem = f"{row['run']} on {row['name']}: {error.message}"
+            summaries.append(Summary(row["run"], store, 0, failed=1, problems=[problem]))
+    return summaries
+
+
+def _requests(store: Store, analyzer: str, run: str | None) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = store.sql(_REQUESTS, [analyzer]).to_pylist()
     if run is not None:
-        names = [row["run"] for row in rows]
+        names = sorted({row["run"] for row in rows})
         if run not in names:
             raise UsageError(f'--run: the store has no run "{run}".{nearest(run, names)} It has: {", ".join(names)}.')
         rows = [row for row in rows if row["run"] == run]
     if not rows:
-        raise StoreError(f"{store} holds no run yet; use `trace-offline analyze` first.")
-    if source is not None and len(rows) > 1:
-        raise UsageError("--source moves one run; name it with --run.")
-    summaries = []
-    for row in rows:
-        kept = json.loads(row["options"])
-        before = _latest_params(opened, row["run"], analyzer)
-        options = AnalyzeOptions(
-            source=source or row["source"],
-            evaluation_set=evaluation_set or Path(row["evaluation_set_path"]),
-            store=store,
-            analyzers=(analyzer,),
-            params={analyzer: {**before, **(params or {})}},
-            run=row["run"],
-            steps=steps,
-            force=force,
-            **{name: value for name, value in kept.items() if name in _KEPT},
-        )
-        options = dataclasses.replace(options, device=device or options.device, jobs=jobs or options.jobs)
-        summaries.append(analyze(options, progress))
-    return summaries
+        raise StoreError(f"{store.path} holds no run yet; use `trace-offline analyze` first.")
+    took_part = {row["run"] for row in rows if row["took_part"]}
+    return [row for row in rows if row["took_part"] or row["run"] not in took_part]
 
 
-_KEPT = ("revisions", "dtype", "seed", "device", "jobs", "model_factory", "blocks", "tokenizer", "trust_remote_code")
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def _latest_params(store: Store, run: str, analyzer: str) -> dict[str, Any]:
+def _latest_params(store: Store, row: Mapping[str, Any], analyzer: str) -> dict[str, Any]:
     """Parameters of the latest analysis, without those a newer version of the analyzer no longer has."""
     found = store.scalar(
         "select a.params from analyses a join planned p using (analysis_id) join checkpoints c using (checkpoint_id) "
-        "where c.run = ? and a.analyzer = ? and a.status in ('ok', 'not_applicable') order by a.sequence desc limit 1",
-        [run, analyzer],
+        "where c.run = ? and a.analyzer = ? and a.evaluation_set = ? and a.dtype = ? and a.seed = ? "
+        "and a.status in ('ok', 'not_applicable') order by a.sequence desc limit 1",
+        [row["run"], analyzer, row["hash"], row["dtype"], row["seed"]],
     )
     known = registry().get(analyzer).Params.model_fields
     return {name: value for name, value in json.loads(found or "{}").items() if name in known}

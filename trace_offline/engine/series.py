@@ -51,7 +51,7 @@ class SeriesPlan:
 
     def _fingerprint(self, checkpoint: Checkpoint) -> str:
         assert checkpoint.fingerprint is not None  # computed before planning
-        return model_fingerprint(checkpoint.fingerprint, self.settings.model_factory, self.settings.blocks)
+        return model_fingerprint(checkpoint.fingerprint, self.settings)
 
     def target(self, item: Wanted, checkpoint: Checkpoint) -> Path:
         """Where the extract of a checkpoint lies."""
@@ -75,7 +75,7 @@ class SeriesPlan:
             {
                 "checkpoint_id": checkpoint_id(self.run, checkpoint),
                 "analysis_id": digest(whole, str(position)),
-                "fingerprint": prints[position],
+                "fingerprint": checkpoint.fingerprint,
                 "analyzer": item.name,
                 "analyzer_version": item.version,
                 "params": params,

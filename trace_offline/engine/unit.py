@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trace_offline.core.errors import CheckpointError
 from trace_offline.core.hashing import canonical_json, digest
 from trace_offline.core.types import Checkpoint
 
@@ -47,15 +49,25 @@ class WorkSettings:
     blocks: str | None = None
     tokenizer: str | None = None
     trust_remote_code: bool = False
+    factory_digest: str = ""
+
+
+Stamps = tuple[tuple[str, int, int], ...]
+"""(path, size, mtime in ns) of the files a checkpoint is made of."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One checkpoint with all its missing analyses: one load, one forward pass."""
+    """One checkpoint with all its missing analyses: one load, one forward pass.
+
+    ``stamps``: its files as they were when the fingerprint was taken; the worker refuses others, because their numbers
+    would be stored under weights they do not belong to.
+    """
 
     checkpoint: Checkpoint
     requests: tuple[AnalysisRequest, ...]
     settings: WorkSettings
+    stamps: Stamps = ()
 
     @property
     def key(self) -> str:
@@ -76,8 +88,20 @@ def analysis_id(
     return digest(fingerprint, analyzer, version, canonical_json(dict(params)), evaluation_hash, dtype, str(seed))
 
 
-def model_fingerprint(fingerprint: str, model_factory: str | None, blocks: str | None) -> str:
-    """Weights served by another factory are another model, so the factory belongs to the identity."""
-    if model_factory is None and blocks is None:
+def model_fingerprint(fingerprint: str, settings: WorkSettings) -> str:
+    """Weights served by another factory are another model: its name and source belong to the identity."""
+    if settings.model_factory is None and settings.blocks is None:
         return fingerprint
-    return digest(fingerprint, model_factory or "", blocks or "")
+    return digest(fingerprint, settings.model_factory or "", settings.factory_digest, settings.blocks or "")
+
+
+def file_stamps(checkpoint: Checkpoint) -> Stamps:
+    """Size and time of every file of a checkpoint. Raises CheckpointError when one is gone."""
+    names = [*checkpoint.weight_files, *([checkpoint.config] if checkpoint.config else [])]
+    try:
+        return tuple((name, found.st_size, found.st_mtime_ns) for name in names for found in [os.stat(name)])
+    except OSError as error:
+        raise CheckpointError(
+            f"{checkpoint.location}: {error.filename} is gone or cannot be read ({error.strerror}). A training run "
+            "that keeps only its last checkpoints may have removed it."
+        ) from None

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trace_offline.core.errors import EvaluationSetError, NotApplicable, TraceOfflineError
+from trace_offline.core.errors import CheckpointError, EvaluationSetError, NotApplicable, TraceOfflineError
 from trace_offline.core.types import AnalysisStatus, Array, Artifact, Measurement, Outcome
-from trace_offline.engine.unit import AnalysisRequest, Unit, WorkSettings
+from trace_offline.engine.unit import AnalysisRequest, Unit, WorkSettings, file_stamps
 
 _BAR = "/"
 
@@ -103,6 +103,7 @@ def _measure_all(unit: Unit, jobs: list[_Job], device: str) -> None:
     settings = unit.settings
     evaluation = evaluation_set(settings.evaluation_set, settings.evaluation_hash)
     check_tokenizer_of(unit, evaluation)
+    _refuse_changed(unit)
     model = load_model(
         unit.checkpoint,
         device=device,
@@ -112,6 +113,7 @@ def _measure_all(unit: Unit, jobs: list[_Job], device: str) -> None:
         trust_remote_code=settings.trust_remote_code,
         cache=_model_cache(),
     )
+    _refuse_changed(unit)
     _check_vocabulary(model, evaluation, unit)
 
     collectors: dict[str, Any] = {}
@@ -140,6 +142,14 @@ def _measure_all(unit: Unit, jobs: list[_Job], device: str) -> None:
     for job in jobs:
         if job.outcome is None:
             _measure(job, collectors, shared, device)
+
+
+def _refuse_changed(unit: Unit) -> None:
+    if unit.stamps and file_stamps(unit.checkpoint) != unit.stamps:
+        raise CheckpointError(
+            f"{unit.checkpoint.location} changed after the run began; what is there now is another checkpoint. "
+            "Run the same command again."
+        )
 
 
 def _owner(name: str) -> str:

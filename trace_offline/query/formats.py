@@ -25,6 +25,7 @@ def check_format(name: str) -> None:
 def render(table: pyarrow.Table, form: str) -> bytes:
     """The table in one of ``FORMATS`` as bytes ending in a newline (except Parquet)."""
     check_format(form)
+    table = _plain(table)
     if form == "parquet":
         import pyarrow.parquet
 
@@ -38,8 +39,35 @@ def render(table: pyarrow.Table, form: str) -> bytes:
         pyarrow.csv.write_csv(_without_lists(table), sink)
         return sink.getvalue()
     if form == "json":
-        return (json.dumps(table.to_pylist(), ensure_ascii=False, default=str, indent=1) + "\n").encode()
+        rows = [{name: _finite(value) for name, value in row.items()} for row in table.to_pylist()]
+        return (json.dumps(rows, ensure_ascii=False, default=str, indent=1, allow_nan=False) + "\n").encode()
     return _aligned(table).encode()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _plain(table: pyarrow.Table) -> pyarrow.Table:
+    """Types every format can hold: decimals (sums, literals) as numbers, intervals as text; unique names."""
+    import pyarrow as pa
+
+    names: list[str] = []
+    for index, field in enumerate(table.schema):
+        kind, column = field.type, table.column(index)
+        if pa.types.is_decimal(kind):
+            column = column.cast(pa.int64() if kind.scale == 0 else pa.float64())
+        elif pa.types.is_interval(kind) or pa.types.is_duration(kind):
+            column = pa.chunked_array([[None if v is None else str(v) for v in column.to_pylist()]], pa.string())
+        name, count = field.name, 1
+        while name in names:
+            name, count = f"{field.name}_{count}", count + 1
+        names.append(name)
+        table = table.set_column(index, pa.field(name, column.type), column)
+    return table
 
 
 def write(table: pyarrow.Table, form: str, output: Path) -> None:

@@ -13,9 +13,11 @@ STORAGE_VERSION = "v1.4.0"
 
 _TABLES = """
 create table meta (key varchar primary key, value varchar not null);
-create table runs (
-  run varchar primary key, source varchar not null, evaluation_set_path varchar, options json not null,
-  model_type varchar, created_at timestamp not null);
+create table runs (run varchar primary key, source varchar not null, created_at timestamp not null);
+create table requests (
+  run varchar not null, evaluation_set varchar not null, dtype varchar not null, seed bigint not null,
+  model_factory varchar not null, blocks varchar not null, options json not null, asked_at timestamp not null,
+  primary key (run, evaluation_set, dtype, seed, model_factory, blocks));
 create table checkpoints (
   checkpoint_id varchar primary key, run varchar not null, checkpoint varchar not null, step bigint,
   tokens_seen bigint, stage varchar, epoch double, layout varchar not null, location varchar not null,
@@ -77,7 +79,8 @@ select c.run, c.step, c.checkpoint, e.name as evaluation_set, p.analyzer, p.anal
 from planned p
 join checkpoints c using (checkpoint_id)
 left join analyses a using (analysis_id)
-left join evaluation_sets e on e.hash = p.evaluation_set;
+left join evaluation_sets e on e.hash = p.evaluation_set
+where p.fingerprint = c.fingerprint;
 """
 
 CREATE = _TABLES + _VIEWS

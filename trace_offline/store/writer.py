@@ -131,37 +131,59 @@ class Writer:
         except (duckdb.Error, OSError) as error:
             raise StoreError(_write_failure(self.path, error)) from error
 
-    def register_run(
-        self, run: str, source: str, evaluation_set_path: str, options: Mapping[str, Any], model_type: str | None = None
-    ) -> None:
-        """Record where a run came from, so that ``rerun`` needs nothing but the store."""
+    def register_run(self, run: str, source: str, evaluation_hash: str, options: Mapping[str, Any]) -> None:
+        """Record where a run came from and what was asked of it, so that ``rerun`` needs nothing but the store."""
+        asked = [options["dtype"], options["seed"], options["model_factory"] or "", options["blocks"] or ""]
         with self.transaction() as con:
             con.execute(
-                """insert into runs values (?, ?, ?, ?, ?, ?) on conflict (run) do update set source = excluded.source,
-                evaluation_set_path = excluded.evaluation_set_path, options = excluded.options,
-                model_type = coalesce(excluded.model_type, runs.model_type)""",
-                [run, source, evaluation_set_path, canonical_json(dict(options)), model_type, _now()],
+                "insert into runs values (?, ?, ?) on conflict (run) do update set source = excluded.source",
+                [run, source, _now()],
+            )
+            con.execute(
+                """insert into requests values (?, ?, ?, ?, ?, ?, ?, ?) on conflict do update set
+                options = excluded.options, asked_at = excluded.asked_at""",
+                [run, evaluation_hash, *asked, canonical_json(dict(options)), _now()],
             )
 
-    def register_evaluation_set(self, row: Mapping[str, Any]) -> None:
-        """Insert or refresh an evaluation set; keys are the columns of ``evaluation_sets``."""
+    def register_evaluation_set(self, row: Mapping[str, Any]) -> str:
+        """Insert or refresh an evaluation set; keys are the columns of ``evaluation_sets``. Returns its name here.
+
+        ``history`` shows the name, so a name that another set has already gets the first digits of the hash.
+        """
         columns = ("hash", "name", "path", "n_examples", "n_tokens", "tokenizer_hash", "objective", "source", "licence")
         with self.transaction() as con:
+            known = con.execute("select name from evaluation_sets where hash = ?", [row["hash"]]).fetchone()
+            taken = con.execute(
+                "select 1 from evaluation_sets where name = ? and hash <> ?", [row["name"], row["hash"]]
+            ).fetchone()
+            name = str(known[0]) if known else f"{row['name']}-{row['hash'][:8]}" if taken else str(row["name"])
+            values = {**row, "name": name}
             con.execute(
-                f"insert or replace into evaluation_sets ({', '.join(columns)}) values (?,?,?,?,?,?,?,?,?)",
-                [row.get(name) for name in columns],
+                f"""insert into evaluation_sets ({", ".join(columns)}) values (?,?,?,?,?,?,?,?,?)
+                on conflict (hash) do update set path = excluded.path""",
+                [values.get(column) for column in columns],
             )
+        return name
 
-    def register_checkpoints(self, run: str, named: Iterable[tuple[str, Checkpoint]]) -> None:
+    def register_checkpoints(
+        self, run: str, named: Iterable[tuple[str, Checkpoint]], *, everything: bool = False
+    ) -> None:
         """Insert or refresh checkpoints given as (short name, checkpoint), in one transaction.
 
         A known fingerprint is kept when discovery brings none (a hub revision that is not downloaded now).
+        ``everything``: this is all that was found; what was set aside earlier is forgotten.
         """
         rows = [checkpoint_row(run, name, checkpoint) for name, checkpoint in named]
         if not rows:
             return
         marks = ", ".join("?" * 15)
         with self.transaction() as con:
+            if everything:
+                con.execute(
+                    "delete from checkpoints where run = ? and state not in ('complete', 'duplicate') "
+                    "and checkpoint_id not in (select checkpoint_id from planned)",
+                    [run],
+                )
             con.executemany(
                 f"""insert into checkpoints values ({marks}) on conflict (checkpoint_id) do update set
                 checkpoint = excluded.checkpoint, tokens_seen = excluded.tokens_seen, epoch = excluded.epoch,
@@ -192,7 +214,14 @@ class Writer:
         """
         artifacts = self._write_artifacts(outcome)
         with self.transaction() as con:
-            old = con.execute("select analysis from analyses where analysis_id = ?", [outcome.analysis_id]).fetchone()
+            old = con.execute(
+                "select analysis, status from analyses where analysis_id = ?", [outcome.analysis_id]
+            ).fetchone()
+            if old and old[1] == "ok" and outcome.status in (AnalysisStatus.FAILED, AnalysisStatus.CRASHED):
+                # Good numbers are not given up for a failure to make them again.
+                text = f"a later attempt {outcome.status.value}: {outcome.message}"
+                con.execute("update analyses set message = ? where analysis = ?", [text, old[0]])
+                return
             fresh = con.execute(
                 "select coalesce(max(analysis), 0) + 1, coalesce(max(sequence), 0) + 1 from analyses"
             ).fetchone()
