@@ -14,6 +14,8 @@ from trace_offline.core.types import Array, Measurement, Result
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trace_offline.activations.batch import Collector
+
 COMPONENT = "all"
 
 
@@ -67,7 +69,7 @@ class CurvatureOverlapAnalyzer(SeriesAnalyzer):
         max_basis_gb: float = Field(4.0, gt=0, description="memory for Lanczos vectors, in GiB")
         dtype: Literal["float32", "float64"] = Field("float32", description="precision of network and vectors")
 
-    def collectors(self, context: Context) -> Mapping[str, object]:  # type: ignore[override]
+    def collectors(self, context: Context) -> Mapping[str, Collector]:
         """None: second derivatives need passes of their own."""
         return {}
 

@@ -6,9 +6,9 @@ For any orthonormal ``Q [d, n]`` with projector ``P = I − QᵀQ``,
 
 and ``(n − d) vᵀAv`` with v uniform on the unit sphere of the complement is an unbiased estimate of the second term, of
 variance ``≈ 2‖PAP‖_F²``. Hutch++ (Meyer, Musco, Musco & Woodruff, SOSA 2021, arXiv 2010.09649) takes for Q the range of
-a random sketch; who has the extreme eigenvectors from Lanczos anyway takes those: no subspace of that size leaves a
-smaller ``‖PAP‖_F``. Q must not come from the same random vectors as the probes; then the sum is unbiased whatever its
-quality.
+a random sketch; who has eigenvectors from Lanczos anyway takes those: no subspace of that size leaves a smaller
+``‖PAP‖_F`` than the eigenvectors of the largest |λ|. Q must not come from the same random vectors as the probes; then
+the sum is unbiased whatever its quality.
 """
 
 from __future__ import annotations
