@@ -205,11 +205,11 @@ def test_mistakes_end_in_one_message_and_code_2(
 
 
 BAD_FILES = [
-    ("truncated.safetensors", ("truncated", "shorter", "bytes")),
+    ("truncated.safetensors", ("bytes",)),
     ("html_page_named_model.safetensors", ("HTML",)),
     ("git_lfs_pointer_epoch_0.pt", ("git lfs pull",)),
-    ("empty_0_tensors.safetensors", ("no tensors", "0 tensors", "empty")),
-    ("nan_weights.safetensors", ("NaN", "not finite", "--model-factory")),
+    ("empty_0_tensors.safetensors", ("no tensors",)),
+    ("nan_weights.safetensors", ("--model-factory", "NaN")),
 ]
 
 
@@ -232,7 +232,8 @@ def test_bad_files_are_explained(
                 "--analyzer", "loss", "--jobs", 1)  # fmt: skip
     assert ended.code in (1, 2)
     assert "Traceback" not in ended.err
-    assert any(word in shown.out + ended.err for word in words), (shown.out, ended.err)
+    said = (shown.out + ended.err).replace(name, "").replace(target.name, "")
+    assert any(word in said for word in words), said
 
 
 def test_nan_weights_fail_with_the_count(run: Run, small_series: SmallSeries, tmp_path: Path) -> None:

@@ -1,0 +1,235 @@
+"""What must not go wrong quietly: replaced weights, failed repetitions, twin names, interrupts, orphans."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SmallSeries
+
+from trace_offline import EvaluationSetError, Store, UsageError, analyze, rerun
+from trace_offline.engine import execution
+from trace_offline.recording import save_evaluation_set
+
+LOSS = (
+    "select step, evaluation_set, value, is_latest from history where metric = 'loss' and analyzer = 'loss' "
+    "order by all"
+)
+
+
+def losses(store: Path) -> list[dict[str, Any]]:
+    return Store.open(store).sql(LOSS).to_pylist()
+
+
+@pytest.fixture
+def run(small_series: SmallSeries, tmp_path: Path) -> Path:
+    shutil.copytree(small_series.run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_weights_replaced_during_a_run_are_not_stored_under_the_old_ones(
+    small_series: SmallSeries, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "s.duckdb"
+    body = execution.run_unit
+
+    def meddling(unit: Any) -> Any:
+        if unit.checkpoint.step == 1:
+            shutil.copyfile(run / "step0" / "model.safetensors", run / "step1" / "model.safetensors")
+        return body(unit)
+
+    monkeypatch.setattr(execution, "run_unit", meddling)
+    summary = analyze(run, small_series.evaluation, store, analyzers=("loss",), jobs=1, steps="0-2")
+    assert (summary.ok, summary.failed) == (2, 1)
+    assert "changed after the run began" in summary.problems[0]
+    assert [row["step"] for row in losses(store)] == [0, 2]
+    monkeypatch.undo()
+    assert analyze(run, small_series.evaluation, store, analyzers=("loss",), jobs=1, steps="0-2").failed == 0
+    rows = losses(store)
+    assert rows[1]["value"] == rows[0]["value"]  # step 1 now has the weights of step 0
+
+
+def test_a_failed_repetition_keeps_the_numbers_there_are(
+    small_series: SmallSeries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "s.duckdb"
+    analyze(small_series.run, small_series.evaluation, store, analyzers=("loss",), jobs=1)
+    before = losses(store)
+
+    def broken(*_: object, **__: object) -> None:
+        raise MemoryError("planned")
+
+    monkeypatch.setattr("trace_offline.analyzers.loss.LossAnalyzer.measure", broken)
+    summary = analyze(small_series.run, small_series.evaluation, store, analyzers=("loss",), jobs=1, force=True)
+    assert summary.failed == 3
+    assert losses(store) == before
+    messages = Store.open(store).sql("select distinct message from status").column(0).to_pylist()
+    assert messages == ["a later attempt failed: MemoryError: planned"]
+
+
+def other_set(folder: Path) -> Path:
+    ids = torch.randint(3, 80, (20, 10), generator=torch.Generator().manual_seed(9))
+    return save_evaluation_set(folder, ids, name="small")
+
+
+def test_two_evaluation_sets_of_one_name_stay_apart(small_series: SmallSeries, tmp_path: Path) -> None:
+    store, second = tmp_path / "s.duckdb", other_set(tmp_path / "second")
+    analyze(small_series.run, small_series.evaluation, store, analyzers=("loss",), jobs=1, steps="0")
+    summary = analyze(small_series.run, second, store, analyzers=("loss",), jobs=1, steps="0")
+    assert 'another evaluation set of this store is called "small"' in summary.warnings[-1]
+    names = [row["evaluation_set"] for row in losses(store)]
+    assert len(set(names)) == 2
+    assert names[0] == "small"
+    assert names[1].startswith("small-")
+    # a rerun goes over both, from nothing but the store
+    summaries = rerun(store, "loss", force=True, jobs=1, steps=None)
+    assert [item.ok for item in summaries] == [3, 3]
+    assert len(losses(store)) == 8
+
+
+def test_other_options_later_do_not_change_what_rerun_repeats(small_series: SmallSeries, tmp_path: Path) -> None:
+    store = tmp_path / "s.duckdb"
+    analyze(small_series.run, small_series.evaluation, store, analyzers=("probe",), jobs=1)
+    analyze(small_series.run, small_series.evaluation, store, analyzers=("loss",), jobs=1, dtype="float64")
+    (summary,) = rerun(store, "probe", {"max_words": 300}, jobs=1)
+    assert summary.ok == 3
+    assert Store.open(store).sql("select distinct dtype from analyses where analyzer = 'probe'").to_pylist() == [
+        {"dtype": "float32"}
+    ]
+
+
+def test_naming_blocks_for_one_analyzer_hides_no_other(small_series: SmallSeries, tmp_path: Path) -> None:
+    store = tmp_path / "s.duckdb"
+    analyze(small_series.run, small_series.evaluation, store, analyzers=("loss",), jobs=1)
+    analyze(small_series.run, small_series.evaluation, store, analyzers=("output",), jobs=1, blocks="gpt_neox.layers.*")
+    assert all(row["is_latest"] for row in losses(store))
+
+
+def test_a_wrong_evaluation_set_leaves_no_trace_in_a_store(small_series: SmallSeries, tmp_path: Path) -> None:
+    store = tmp_path / "s.duckdb"
+    analyze(small_series.run, small_series.evaluation, store, analyzers=("loss",), jobs=1)
+    ids = torch.full((4, 8), 500)  # beyond the vocabulary
+    wrong = save_evaluation_set(tmp_path / "wrong", ids, name="wrong")
+    summary = analyze(small_series.run, wrong, store, analyzers=("loss",), jobs=1, steps="0")
+    assert "token id 500" in summary.problems[0]
+    with pytest.raises(EvaluationSetError):
+        analyze(small_series.run, tmp_path / "nowhere", store, analyzers=("loss",), jobs=1)
+    assert len(losses(store)) == 4
+
+
+def test_one_damaged_file_costs_only_its_checkpoint(small_series: SmallSeries, tmp_path: Path) -> None:
+    from tiny_models import unknown_net
+
+    run = tmp_path / "raw"
+    run.mkdir()
+    for step in (1, 2, 3):
+        torch.save(unknown_net(seed=step).state_dict(), run / f"step_{step}.pt")
+    data = bytearray((run / "step_2.pt").read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    (run / "step_2.pt").write_bytes(bytes(data))
+    os.utime(run / "step_2.pt", (1e9, 1e9))
+    store = tmp_path / "s.duckdb"
+    summary = analyze(
+        run, small_series.evaluation, store, analyzers=("loss",), jobs=1, model_factory="test_main_job:factory"
+    )
+    assert [row["step"] for row in losses(store)] == [1, 3]
+    assert any("step_2" in text for text in [*summary.set_aside, *summary.problems])
+
+
+def test_what_was_repaired_is_no_longer_set_aside(small_series: SmallSeries, run: Path, tmp_path: Path) -> None:
+    store, weights = tmp_path / "s.duckdb", run / "step1" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-50])
+    os.utime(weights, (1e9, 1e9))
+    assert analyze(run, small_series.evaluation, store, analyzers=("loss",), jobs=1).set_aside
+    weights.write_bytes(whole)
+    assert not analyze(run, small_series.evaluation, store, analyzers=("loss",), jobs=1).set_aside
+    states = Store.open(store).sql("select step, state from checkpoints order by step").to_pylist()
+    assert [row["step"] for row in states] == [0, 1, 2, 4]
+    assert {row["state"] for row in states} == {"complete", "duplicate"}
+
+
+def test_two_folders_of_one_name_that_share_no_step(small_series: SmallSeries, tmp_path: Path) -> None:
+    store = tmp_path / "s.duckdb"
+    for place, step in (("a", 1), ("b", 2)):
+        shutil.copytree(small_series.run / f"step{step}", tmp_path / place / "run" / f"step{step}")
+    analyze(tmp_path / "a" / "run", small_series.evaluation, store, analyzers=("loss",), jobs=1)
+    with pytest.raises(UsageError, match=r"shares no later step with it.*--run NAME"):
+        analyze(tmp_path / "b" / "run", small_series.evaluation, store, analyzers=("loss",), jobs=1)
+
+
+def test_rerun_reports_a_run_that_is_gone_and_does_the_others(
+    small_series: SmallSeries, run: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "s.duckdb"
+    analyze(run, small_series.evaluation, store, analyzers=("loss",), jobs=1, run="gone", steps="0")
+    analyze(small_series.run, small_series.evaluation, store, analyzers=("loss",), jobs=1, run="here", steps="0")
+    shutil.rmtree(run)
+    gone, here = rerun(store, "loss", force=True, jobs=1)
+    assert (gone.failed, here.ok) == (1, 3)
+    assert "gone on small" in gone.problems[0]
+
+
+def start(series: SmallSeries, store: Path) -> subprocess.Popen[str]:
+    endless = "max_steps=2000", "tolerance=1e-9", "k=300"
+    order = [
+        *(sys.executable, "-m", "trace_offline.cli.main", "analyze", str(series.run), "--jobs", "2"),
+        *("--evaluation-set", str(series.evaluation), "--store", str(store), "--analyzer", "hessian"),
+        *(part for text in endless for part in ("--set", f"hessian.{text}")),
+    ]
+    return subprocess.Popen(order, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            except OSError:
+                continue
+            if int(fields[1]) == pid and fields[0] != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 130), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_an_ended_run_leaves_no_worker_behind(
+    small_series: SmallSeries, tmp_path: Path, sent: signal.Signals, code: int
+) -> None:
+    process = start(small_series, tmp_path / "s.duckdb")
+    assert process.stderr is not None
+    workers: list[int] = []
+    deadline = time.monotonic() + 60
+    while len(workers) < 3 and time.monotonic() < deadline:  # two workers and their resource tracker
+        workers = descendants(process.pid)
+        time.sleep(0.1)
+    time.sleep(1.5)
+    workers = descendants(process.pid)
+    assert len(workers) >= 2
+    process.send_signal(sent)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    if sent is not signal.SIGKILL:
+        assert "Interrupted. What was finished is stored; the same command goes on from there." in said
+        assert "Traceback" not in said
+    deadline = time.monotonic() + 20
+    while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not [pid for pid in workers if alive(pid)]
