@@ -41,7 +41,10 @@ def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_equal_weights_give_neutral_values(name: str, small_series: SmallSeries, tmp_path: Path) -> None:
-    summary = analyze(small_series.run, small_series.evaluation, tmp_path / "s.duckdb", analyzers=(name,), jobs=1)
+    quick = {"similarity": {"max_samples": 120, "jackknife_parts": 3}} if name == "similarity" else None
+    summary = analyze(
+        small_series.run, small_series.evaluation, tmp_path / "s.duckdb", analyzers=(name,), params=quick, jobs=1
+    )
     assert summary.exit_code == 0, summary.problems
     rows = (
         Store.open(tmp_path / "s.duckdb")

@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from trace_offline.estimators.clustered import Estimate
 from trace_offline.estimators.subsampling import jackknife_stderr
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Floats = NDArray[np.float64]
 
 RANK_TOLERANCE = 1e-5
 
@@ -55,7 +58,9 @@ def pwcca(first: Tensor, second: Tensor, parts: Sequence[np.ndarray] = ()) -> Es
 
 
 def _pwcca(first: Tensor, second: Tensor) -> float:
-    x, y = (table.double() - table.double().mean(0) for table in (first, second))
+    # numpy rather than torch: these matrices are small and many, and waking threads for each costs more than the work
+    x, y = (table.double().cpu().numpy() for table in (first, second))
+    x, y = x - x.mean(0), y - y.mean(0)
     (roots, axes), (roots_y, axes_y) = _principal(x), _principal(y)
     ranks, n = (len(roots), len(roots_y)), len(x)
     if not all(ranks):
@@ -66,22 +71,22 @@ def _pwcca(first: Tensor, second: Tensor) -> float:
             "correlations are high whatever the data"
         )
     cross = (axes / roots).T @ (x.T @ y) @ (axes_y / roots_y)
-    rotation, correlations, _ = torch.linalg.svd(cross, full_matrices=False)
+    rotation, correlations, _ = np.linalg.svd(cross, full_matrices=False)
     # h = X E λ^(−1/2) p, so that ⟨h, x_j⟩ is row j of E λ^(1/2) p
-    weights = ((axes * roots) @ rotation).abs().sum(0)
+    weights = np.abs((axes * roots) @ rotation).sum(0)
     # correlations cannot exceed 1; only rounding can
-    return float((weights * correlations.clamp(0, 1)).sum() / weights.sum())
+    return float((weights * correlations.clip(0, 1)).sum() / weights.sum())
 
 
-def _principal(centred: Tensor) -> tuple[Tensor, Tensor]:
+def _principal(centred: Floats) -> tuple[Floats, Floats]:
     """Singular values ``[r]`` and right singular vectors ``[D, r]`` of the directions that are not rounding."""
-    if not bool(torch.isfinite(centred).all()):
+    if not np.isfinite(centred).all():
         raise ValueError("expected finite points, found NaN or infinity")
     if centred.shape[1] >= len(centred):
         raise ValueError(
             f"{len(centred)} points of {centred.shape[1]} features: with no more points than dimensions canonical "
             "correlations are high whatever the data"
         )
-    values, vectors = torch.linalg.eigh(centred.T @ centred)
-    keep = values > RANK_TOLERANCE**2 * values[-1].clamp_min(0)
-    return values[keep].sqrt(), vectors[:, keep]
+    values, vectors = np.linalg.eigh(centred.T @ centred)
+    keep = values > RANK_TOLERANCE**2 * max(values[-1], 0.0)
+    return np.sqrt(values[keep]), vectors[:, keep]
