@@ -21,7 +21,10 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# The peers that slow tests compare with; without their own needs, which would bring other versions of torch or NumPy.
+PEERS := dadapy==0.3.4 curvlinops-for-pytorch==3.0.1 einops==0.8.2 einconv==0.1.0
 test-slow: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(PEERS)
 	$(BIN)/python -m pytest -m slow
 
 check: setup
