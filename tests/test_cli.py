@@ -208,7 +208,7 @@ BAD_FILES = [
     ("truncated.safetensors", ("bytes",)),
     ("html_page_named_model.safetensors", ("HTML",)),
     ("git_lfs_pointer_epoch_0.pt", ("git lfs pull",)),
-    ("empty_0_tensors.safetensors", ("no tensors",)),
+    ("empty_0_tensors.safetensors", ("zero tensors: nothing was saved",)),
     ("nan_weights.safetensors", ("--model-factory", "NaN")),
 ]
 

@@ -222,7 +222,8 @@ def test_parts_of_speech_in_real_english(stories_model: Path, tmp_path: Path) ->
     rows = opened.sql(
         "select task, layer, max(value) filter (where metric = 'accuracy') as accuracy, "
         "max(value) filter (where metric = 'majority_accuracy') as majority, "
-        "max(stderr) filter (where metric = 'accuracy') as stderr from history where analyzer = 'probe' and label is null group by all order by task, layer"
+        "max(stderr) filter (where metric = 'accuracy') as stderr from history "
+        "where analyzer = 'probe' and label is null and layer is not null group by all order by task, layer"
     ).to_pylist()
     assert [row["layer"] for row in rows] == [*range(6), *range(6)]
     for row in rows:

@@ -43,9 +43,7 @@ class Builder:
         self.n = 0
 
     def run(self, name: str, steps: tuple[int, ...] = STEPS, states: dict[int, tuple[str, str]] | None = None) -> None:
-        self.con.execute(
-            "insert into runs values (?, ?, 'p', '{}', 'gpt_neox', ?)", [name, f"/somewhere/private/{name}", NOW]
-        )
+        self.con.execute("insert into runs values (?, ?, 'gpt_neox', ?)", [name, f"/somewhere/private/{name}", NOW])
         for step in steps:
             state, reason = (states or {}).get(step, ("complete", None))
             self.con.execute(

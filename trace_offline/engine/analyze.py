@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -75,7 +76,7 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None) -> Summar
         if series.pending(needed) or any(planner.missing(item) for item in chosen):
             _check_fit(needed, settings, evaluation)
 
-        writer.register_run(run, _absolute(options.source), evaluation.hash, options.stored())
+        writer.register_run(run, _absolute(options.source), evaluation.hash, options.stored(), _model_type(needed))
         name = writer.register_evaluation_set(_evaluation_row(evaluation, settings))
         aside = [item for item in found if not item.state.analyzable] + unreadable
         writer.register_checkpoints(run, short_names(options.source, [*needed, *aside]), everything=True)
@@ -128,6 +129,17 @@ def _check_fit(chosen: list[Checkpoint], settings: WorkSettings, evaluation: Eva
 
 def _absolute(source: str) -> str:
     return source if source.startswith("hf://") else os.path.abspath(source)
+
+
+def _model_type(chosen: list[Checkpoint]) -> str | None:
+    """``gpt_neox``, ``llama``, … as the first configuration on this disk says; None without one."""
+    config = next((item.config for item in chosen if item.config is not None), None)
+    if config is None:
+        return None
+    try:
+        return str(json.loads(Path(config).read_text(encoding="utf-8")).get("model_type") or "") or None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{config} cannot be read as JSON: {error}.") from None
 
 
 def _check_same_run(writer: Writer, run: str, options: AnalyzeOptions, chosen: list[Checkpoint]) -> None:

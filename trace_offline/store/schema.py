@@ -13,7 +13,8 @@ STORAGE_VERSION = "v1.4.0"
 
 _TABLES = """
 create table meta (key varchar primary key, value varchar not null);
-create table runs (run varchar primary key, source varchar not null, created_at timestamp not null);
+create table runs (
+  run varchar primary key, source varchar not null, model_type varchar, created_at timestamp not null);
 create table requests (
   run varchar not null, evaluation_set varchar not null, dtype varchar not null, seed bigint not null,
   model_factory varchar not null, blocks varchar not null, options json not null, asked_at timestamp not null,

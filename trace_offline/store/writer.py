@@ -131,13 +131,16 @@ class Writer:
         except (duckdb.Error, OSError) as error:
             raise StoreError(_write_failure(self.path, error)) from error
 
-    def register_run(self, run: str, source: str, evaluation_hash: str, options: Mapping[str, Any]) -> None:
+    def register_run(
+        self, run: str, source: str, evaluation_hash: str, options: Mapping[str, Any], model_type: str | None = None
+    ) -> None:
         """Record where a run came from and what was asked of it, so that ``rerun`` needs nothing but the store."""
         asked = [options["dtype"], options["seed"], options["model_factory"] or "", options["blocks"] or ""]
         with self.transaction() as con:
             con.execute(
-                "insert into runs values (?, ?, ?) on conflict (run) do update set source = excluded.source",
-                [run, source, _now()],
+                """insert into runs values (?, ?, ?, ?) on conflict (run) do update set source = excluded.source,
+                model_type = coalesce(excluded.model_type, runs.model_type)""",
+                [run, source, model_type, _now()],
             )
             con.execute(
                 """insert into requests values (?, ?, ?, ?, ?, ?, ?, ?) on conflict do update set
