@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def top_subspace(
     model: ModelView, evaluation: EvaluationSet, params: CurvatureOverlapAnalyzer.Params, seed: int
 ) -> dict[str, Tensor]:
-    """``vectors [k, n]`` float32; ``values``, ``residuals``, ``converged`` ``[k + 1]``; ``shape`` (k, n); on the CPU."""
+    """``vectors [k, n]`` float32; ``values``, ``residuals``, ``converged`` ``[k + 1]``; ``shape`` (k, n); on CPU."""
     rows = choose_rows(evaluation, params.max_sequences, params.max_tokens, seed)
     model = in_dtype(model, params.dtype)
     parameters = weights_of(model)
