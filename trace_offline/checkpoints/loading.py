@@ -18,6 +18,7 @@ from trace_offline.checkpoints.hf_models import from_pretrained, model_class, re
 from trace_offline.checkpoints.model_cache import ModelCache
 from trace_offline.checkpoints.model_view import ModelView
 from trace_offline.checkpoints.prefixes import strip_attribute, strip_to_fit, strip_wrappers
+from trace_offline.checkpoints.rotary import refuse_changed_rotary
 from trace_offline.checkpoints.weights import (
     RawWeights,
     check_file,
@@ -90,6 +91,7 @@ def load_model(
             (module, notes), lent = reused, True
         else:
             module, notes = _with_config(files, config_path, safe, DTYPES[dtype], trust_remote_code)
+            refuse_changed_rotary(module, config_path)
     else:
         module, notes = _without_config(read_weights(files), files[0], DTYPES[dtype])
     if not lent:
