@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Tests run many small products; more threads than cores wait for each other, and the machine may be shared.
+test test-slow: export OMP_NUM_THREADS ?= 1
+
 .PHONY: demo test test-slow check bench setup clean
 
 setup: $(STAMP)
