@@ -20,7 +20,8 @@ from trace_offline.store.schema import SCHEMA_VERSION
 PATIENCE_SECONDS = 30.0
 
 
-def _is_conflict(error: duckdb.Error) -> bool:
+def is_conflict(error: duckdb.Error) -> bool:
+    """Whether DuckDB refused because another process holds the file."""
     text = str(error)
     return "Could not set lock" in text or "Conflicting lock" in text
 
@@ -51,7 +52,7 @@ def _open(path: Path, *, read_only: bool, patience: float) -> duckdb.DuckDBPyCon
         try:
             return duckdb.connect(str(path), read_only=read_only)
         except duckdb.Error as error:
-            if _is_conflict(error) and time.monotonic() < deadline:
+            if is_conflict(error) and time.monotonic() < deadline:
                 time.sleep(delay)
                 delay = min(delay * 2, 0.25)
                 continue
@@ -60,7 +61,7 @@ def _open(path: Path, *, read_only: bool, patience: float) -> duckdb.DuckDBPyCon
 
 def _explain(path: Path, error: duckdb.Error, *, read_only: bool) -> str:
     text = str(error).splitlines()[0]
-    if _is_conflict(error):
+    if is_conflict(error):
         return f"The store {path} is held by another program: {text} Close it there, or try again in a moment."
     if "Permission denied" in str(error) or "Read-only file system" in str(error):
         need = "read" if read_only else "write"
@@ -72,10 +73,14 @@ def _explain(path: Path, error: duckdb.Error, *, read_only: bool) -> str:
     return f"{path} cannot be opened as a store: {text} Expected a .duckdb file made by trace-offline."
 
 
-def check_version(con: duckdb.DuckDBPyConnection, path: Path) -> int:
-    """The schema version of an open store. Raises StoreError for no store at all, or one from a newer release."""
+def check_version(con: duckdb.DuckDBPyConnection, path: Path, catalog: str | None = None) -> int:
+    """The schema version of an open store, or of one attached as ``catalog``.
+
+    Raises StoreError for no store at all, or one from a newer release.
+    """
+    meta = "meta" if catalog is None else f"{catalog}.meta"
     try:
-        row = con.execute("select value from meta where key = 'schema_version'").fetchone()
+        row = con.execute(f"select value from {meta} where key = 'schema_version'").fetchone()
     except duckdb.CatalogException:
         row = None
     if row is None:

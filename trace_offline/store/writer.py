@@ -106,7 +106,7 @@ class Writer:
             os.replace(fresh, self.path)
         except (duckdb.Error, OSError) as error:
             fresh.unlink(missing_ok=True)
-            raise StoreError(_write_failure(self.path, error)) from error
+            raise StoreError(write_failure(self.path, error)) from error
 
     def _migrate(self) -> None:
         with self.transaction() as con:
@@ -129,7 +129,7 @@ class Writer:
                     raise
                 con.commit()
         except (duckdb.Error, OSError) as error:
-            raise StoreError(_write_failure(self.path, error)) from error
+            raise StoreError(write_failure(self.path, error)) from error
 
     def register_run(
         self, run: str, source: str, evaluation_hash: str, options: Mapping[str, Any], model_type: str | None = None
@@ -277,7 +277,7 @@ class Writer:
                 relative = target.relative_to(self.path.parent).as_posix()
                 written.append((artifact.name, relative, hashlib.sha256(artifact.content).hexdigest()))
         except OSError as error:
-            raise StoreError(_write_failure(self.path, error)) from error
+            raise StoreError(write_failure(self.path, error)) from error
         return written
 
     def remember_fingerprints(self, known: Mapping[tuple[str, int, int], str]) -> None:
@@ -299,7 +299,8 @@ def _rollback(con: duckdb.DuckDBPyConnection) -> None:
         con.rollback()
 
 
-def _write_failure(path: Path, error: BaseException) -> str:
+def write_failure(path: Path, error: BaseException) -> str:
+    """What went wrong on writing, and what to do next."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     full = "No space left" in text or "File too large" in text or "not enough" in text.lower()
     advice = (
