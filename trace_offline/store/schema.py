@@ -6,7 +6,7 @@ and slows appends (measured on a million rows). It refers to ``analyses`` by a s
 
 from __future__ import annotations
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # Files are written so that every DuckDB from this version on can open them.
 STORAGE_VERSION = "v1.4.0"
@@ -51,15 +51,26 @@ create table fingerprints (
   primary key (path, size, mtime_ns));
 """
 
+# Found by ``trace-offline events``: no key, replaced as a whole for the series that are looked at again.
+_EVENTS = """
+create table events (
+  run varchar not null, analyzer varchar not null, task varchar, label varchar, layer smallint, component varchar,
+  metric varchar not null, kind varchar not null, step bigint not null, step_low bigint not null,
+  step_high bigint not null, detail json not null, evaluation_set varchar not null);
+"""
+
 # ``is_latest`` belongs to the weights a checkpoint has now: when the files of a step were replaced, what was measured
-# on the old ones stays queryable but is no longer the latest word.
+# on the old ones stays queryable but is no longer the latest word. Imported numbers know no weights (their fingerprint is
+# "imported:PART:DIGEST"); each part of a file, a task, has a latest word of its own.
 _VIEWS = """
 create or replace view linked as
 select p.checkpoint_id, c.run, c.step, c.tokens_seen, c.checkpoint, e.name as evaluation_set, a.analysis, a.analysis_id,
   a.analyzer, a.analyzer_version, a.params, a.status, a.message, a.seconds, a.device, a.dtype, a.seed, a.finished_at,
-  coalesce(a.status = 'ok' and a.fingerprint = c.fingerprint and a.sequence = max(a.sequence)
-    filter (where a.status = 'ok' and a.fingerprint = c.fingerprint)
-    over (partition by p.checkpoint_id, a.evaluation_set, a.analyzer), false) as is_latest
+  coalesce(a.status = 'ok' and (a.fingerprint = c.fingerprint or starts_with(a.fingerprint, 'imported:'))
+    and a.sequence = max(a.sequence)
+    filter (where a.status = 'ok' and (a.fingerprint = c.fingerprint or starts_with(a.fingerprint, 'imported:')))
+    over (partition by p.checkpoint_id, a.evaluation_set, a.analyzer,
+      case when starts_with(a.fingerprint, 'imported:') then split_part(a.fingerprint, ':', 2) end), false) as is_latest
 from planned p
 join analyses a using (analysis_id)
 join checkpoints c using (checkpoint_id)
@@ -81,12 +92,14 @@ from planned p
 join checkpoints c using (checkpoint_id)
 left join analyses a using (analysis_id)
 left join evaluation_sets e on e.hash = p.evaluation_set
-where p.fingerprint = c.fingerprint;
+where p.fingerprint = c.fingerprint or starts_with(p.fingerprint, 'imported:');
 """
 
-CREATE = _TABLES + _VIEWS
+CREATE = _TABLES + _EVENTS + _VIEWS
 
 # version → statements that turn a store of that version into the next one. Forward only.
-MIGRATIONS: dict[int, str] = {}
+MIGRATIONS: dict[int, str] = {1: _EVENTS + _VIEWS}
 
-PUBLIC_VIEWS = ("history", "arrays", "status", "runs", "checkpoints", "evaluation_sets", "analyses", "artifacts")
+PUBLIC_VIEWS = (
+    "history", "arrays", "events", "status", "runs", "checkpoints", "evaluation_sets", "analyses", "artifacts",
+)  # fmt: skip
