@@ -86,9 +86,12 @@ def test_forms_are_the_quadratic_forms_of_each_loss() -> None:
             assert hessian.losses == (1.0, 4.0)
 
 
-def analyze(module: nn.Module, data: FakeEvaluation, **params: Any) -> list[Measurement]:
+def analyze(
+    module: nn.Module, data: FakeEvaluation, heldout: FakeEvaluation | None = None, **params: Any
+) -> list[Measurement]:
     chosen = parse_params(TrainHeldoutCurvatureAnalyzer.Params, "train_heldout_curvature", params)
-    context = Context(ModelView(module, None, "cpu", "float32"), data, chosen, 0)  # type: ignore[arg-type]
+    view = ModelView(module, None, "cpu", "float32")
+    context = Context(view, data, chosen, 0, heldout=heldout)  # type: ignore[arg-type]
     assert TrainHeldoutCurvatureAnalyzer().collectors(context) == {}
     found = list(TrainHeldoutCurvatureAnalyzer().measure(context))
     for item in found:
@@ -128,6 +131,37 @@ def test_both_sides_against_dense_hessians() -> None:
         assert one(found, f"{name}_ratio").stderr > 0
 
 
+def test_two_evaluation_sets_give_what_their_rows_give_as_splits_of_one() -> None:
+    data = halves()
+    first, second = (
+        FakeEvaluation(data.input_ids[own], attention_mask=data.attention_mask[own], group=100 * own)
+        for own in (np.flatnonzero(data.split == number) for number in (0, 1))
+    )
+    # a split of the first set means nothing where there is a second one
+    first.split = np.zeros(10, dtype=int)
+    apart = analyze(tied_net(), first, second, dtype="float64", max_sequences=10)
+    together = analyze(tied_net(), data, dtype="float64", max_sequences=10)
+    for item in together:
+        assert one(apart, item.metric, label=item.label).value == pytest.approx(item.value, rel=1e-6), item.metric
+        if item.stderr is not None:
+            assert one(apart, item.metric, label=item.label).stderr == pytest.approx(item.stderr, rel=1e-6), item.metric
+    losses = [one(apart, "batch_loss", label=label).value for label in ("train", "heldout")]
+    ratio, low, high = (one(apart, f"batch_loss_ratio{end}").value for end in ("", "_lower", "_upper"))
+    assert ratio == pytest.approx(losses[1] / losses[0])
+    assert low < ratio < high
+    swapped = analyze(tied_net(), second, first, dtype="float64", max_sequences=10)
+    assert one(swapped, "trace_ratio").value == pytest.approx(1 / one(apart, "trace_ratio").value, rel=1e-3)
+
+
+def test_sequences_on_both_sides_are_counted() -> None:
+    data = evaluation(rows=6)
+    other = FakeEvaluation(
+        torch.cat([data.input_ids[:2], data.input_ids[2:].flip(1)]), attention_mask=data.attention_mask
+    )
+    shared = one(analyze(tied_net(), data, other), "shared_sequences")
+    assert (shared.value, shared.n) == (2, 6)
+
+
 def test_first_order_error_of_the_top_eigenvalue_is_that_of_the_jackknife_done_in_full() -> None:
     data = halves(rows=60)
     found = one(analyze(tied_net(), data, max_sequences=30), "top_eigenvalue", label="train")
@@ -156,7 +190,9 @@ def test_equal_sides_have_ratio_one_and_fewer_rows_decide() -> None:
 
 
 def test_what_has_no_meaning_has_a_reason() -> None:
-    with pytest.raises(NotApplicable, match="the evaluation set has no split: give save_evaluation_set a split"):
+    with pytest.raises(
+        NotApplicable, match=r"nothing to compare: .* \(--heldout-set\), or save_evaluation_set a split"
+    ):
         analyze(tied_net(), evaluation())
     data = halves()
     data.split = np.zeros(20, dtype=int)

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from trace_offline.evaluation.evaluation_set import EvaluationSet
 
 SIDES = ("train", "heldout")
-_RATIOS = tuple(f"{name}_ratio{end}" for name in ("trace", "top_eigenvalue") for end in ("", "_lower", "_upper"))
+_RATIOS = tuple(
+    f"{name}_ratio{end}" for name in ("batch_loss", "trace", "top_eigenvalue") for end in ("", "_lower", "_upper")
+)
 
 
 @dataclass
@@ -60,10 +62,14 @@ class _Side:
 
 
 def measure_split(
-    model: ModelView, evaluation: EvaluationSet, params: TrainHeldoutCurvatureAnalyzer.Params, seed: int
+    model: ModelView,
+    evaluation: EvaluationSet,
+    params: TrainHeldoutCurvatureAnalyzer.Params,
+    seed: int,
+    heldout: EvaluationSet | None = None,
 ) -> Iterator[Result]:
     """All results of the analysis; values that are not finite are missing with the reason."""
-    sides = _sides(evaluation, params, seed)
+    sides = _sides(evaluation, heldout, params, seed)
     model = in_dtype(model, params.dtype)
     parameters = weights_of(model)
     plan = plan_basis(
@@ -72,6 +78,7 @@ def measure_split(
     )  # fmt: skip
     for side in sides:
         yield _number("sequences", len(side.rows), len(side.rows), side.label)
+    yield _number("shared_sequences", _shared(*sides), len(sides[1].rows))
     with require_gradients(parameters), double_backward_attention():
         for side in sides:
             check_labels(model, side.rows)
@@ -88,26 +95,41 @@ def measure_split(
     yield _number("products", products, len(sides[0].rows))
 
 
-def _sides(evaluation: EvaluationSet, params: TrainHeldoutCurvatureAnalyzer.Params, seed: int) -> list[_Side]:
+def _sources(
+    evaluation: EvaluationSet, heldout: EvaluationSet | None
+) -> list[tuple[EvaluationSet, NDArray[np.bool_] | None]]:
+    """For each side the set its rows come from, and which of them may be taken (None: all)."""
+    if heldout is not None:
+        return [(evaluation, None), (heldout, None)]
     if evaluation.split is None:
         raise NotApplicable(
-            "not applicable because the evaluation set has no split: give save_evaluation_set a split (0: rows the "
-            "model was trained on, 1: rows held out), or build it with separate files for the two"
+            "not applicable because there is nothing to compare: give the run a second evaluation set of held-out text "
+            "(--heldout-set), or save_evaluation_set a split (0: rows the model was trained on, 1: rows held out)"
         )
-    sides = []
-    for number, label in enumerate(SIDES):
-        among = np.asarray(evaluation.split) == number
-        if not among.any():
-            raise NotApplicable(f"not applicable because the evaluation set has no row of split {number} ({label})")
-        rows = choose_rows(evaluation, params.max_sequences, params.max_tokens, seed, among)
-        sides.append(rows)
+    masks = [np.asarray(evaluation.split) == number for number in range(len(SIDES))]
+    for number, mask in enumerate(masks):
+        if not mask.any():
+            raise NotApplicable(
+                f"not applicable because the evaluation set has no row of split {number} ({SIDES[number]})"
+            )
+    return [(evaluation, mask) for mask in masks]
+
+
+def _sides(
+    evaluation: EvaluationSet,
+    heldout: EvaluationSet | None,
+    params: TrainHeldoutCurvatureAnalyzer.Params,
+    seed: int,
+) -> list[_Side]:
+    sources = _sources(evaluation, heldout)
+    sides = [choose_rows(each, params.max_sequences, params.max_tokens, seed, among) for each, among in sources]
     # An eigenvalue of few sequences is larger for that reason alone: compare equal numbers.
     count = min(len(rows) for rows in sides)
     found = []
-    for label, rows in zip(SIDES, sides, strict=True):
+    for label, rows, (source, _) in zip(SIDES, sides, sources, strict=True):
         chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:count]).tolist()
         part = rows.take(chosen)
-        groups = np.asarray(evaluation.group)[list(part.places)]
+        groups = np.asarray(source.group)[list(part.places)]
         if len(np.unique(groups)) < 2:
             raise NotApplicable(
                 f"not applicable because the {label} rows come from one group: the scatter between sequences, and so "
@@ -115,6 +137,17 @@ def _sides(evaluation: EvaluationSet, params: TrainHeldoutCurvatureAnalyzer.Para
             )
         found.append(_Side(label, part, groups, (part.targets != IGNORED).sum(1).double().numpy()))
     return found
+
+
+def _shared(train: _Side, heldout: _Side) -> int:
+    """How many held-out sequences have the very tokens of a training one."""
+
+    def texts(rows: Rows) -> list[tuple[int, ...]]:
+        pairs = zip(rows.input_ids, rows.attention_mask, strict=True)
+        return [tuple(ids[mask.bool()].tolist()) for ids, mask in pairs]
+
+    known = set(texts(train.rows))
+    return sum(text in known for text in texts(heldout.rows))
 
 
 def _measure(
@@ -168,6 +201,7 @@ def _operator(
 
 def _report(sides: list[_Side]) -> Iterator[Measurement]:
     groups = [len(np.unique(side.groups)) for side in sides]
+    losses: list[Contributions] = []
     traces: list[Contributions] = []
     tops: list[Contributions] = []
     for side, count in zip(sides, groups, strict=True):
@@ -175,15 +209,17 @@ def _report(sides: list[_Side]) -> Iterator[Measurement]:
         assert side.losses is not None
         assert side.traces is not None
         assert side.forms is not None
+        losses.append(side.contributions(side.losses))
         traces.append(side.contributions(side.traces))
         tops.append(side.contributions(side.forms))
-        for metric, found in (("batch_loss", side.contributions(side.losses)), ("trace", traces[-1])):
+        for metric, found in (("batch_loss", losses[-1]), ("trace", traces[-1])):
             yield _number(metric, found.value, count, side.label, stderr=found.stderr)
         if side.top.converged[0]:
             value = float(side.top.values[0])
             yield _number("top_eigenvalue", value, count, side.label, stderr=tops[-1].stderr)
         else:
             yield _number("top_eigenvalue", None, count, side.label, reason="not converged; raise max_steps")
+    yield from _ratio("batch_loss", losses, min(groups))
     yield from _ratio("trace", traces, min(groups))
     if all(side.top is not None and side.top.converged[0] for side in sides):
         yield from _ratio("top_eigenvalue", tops, min(groups))

@@ -34,6 +34,7 @@ class Need(StrEnum):
     WEIGHTS = "weights"
     LABELS = "labels"
     PAIRS = "pairs"
+    HELDOUT = "heldout"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,8 @@ class Context:
     ``model``: the loaded network (module, blocks, device, dtype). ``evaluation``: the fixed evaluation set.
     ``collected``: what the analyzer's own collectors gathered in the shared pass, by the names it gave them.
     ``seed``: the same for every checkpoint of a run, so that random choices (which tokens, which probe vectors) do not
-    add noise between steps. ``step``: training step, for messages only.
+    add noise between steps. ``step``: training step, for messages only. ``heldout``: the second evaluation set, given
+    to analyzers with ``Need.HELDOUT`` only; None when the run has none.
     """
 
     model: ModelView
@@ -61,6 +63,7 @@ class Context:
     seed: int
     collected: Mapping[str, Any] = field(default_factory=dict)
     step: int | None = None
+    heldout: EvaluationSet | None = None
 
 
 class Analyzer:

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 class TrainHeldoutCurvatureAnalyzer(Analyzer):
-    """The Hessian on rows of split 0 (train) against rows of split 1 (held out) of the evaluation set.
+    """The Hessian on text of the training against text that was held out of it.
+
+    The two are the evaluation set and the run's second one, where it has one; else the rows of split 0 (train) and of
+    split 1 (held out) of the evaluation set.
 
     Standard errors cover the choice of sequences (jackknife over groups of sequences) and, for traces, of the random
     vectors; those of eigenvalues are first-order. n is the number of groups.
@@ -26,16 +29,19 @@ class TrainHeldoutCurvatureAnalyzer(Analyzer):
 
     name = "train_heldout_curvature"
     version = "1"
-    summary = "trace and top eigenvalue of the Hessian on training rows and on held-out rows, ratios with intervals"
+    summary = "loss, trace and top eigenvalue of the Hessian on training and on held-out rows, ratios with intervals"
     reference = (
         "Efron & Stein 1981 (jackknife); Satterthwaite 1946 (interval); Magnus 1985, Econometric Theory 1 (derivative "
         "of an eigenvalue); Meyer, Musco, Musco & Woodruff 2021, arXiv:2010.09649 (trace)"
     )
-    needs = frozenset({Need.LOSS_GRADIENTS, Need.LABELS})
+    needs = frozenset({Need.LOSS_GRADIENTS, Need.LABELS, Need.HELDOUT})
     metrics = (
         MetricSpec("batch_loss", "nats", "mean loss per target; label 'train' or 'heldout'"),
         MetricSpec("trace", "nats", "trace of the Hessian; label 'train' or 'heldout'"),
         MetricSpec("top_eigenvalue", "nats", "largest algebraic eigenvalue; label 'train' or 'heldout'"),
+        MetricSpec("batch_loss_ratio", "1", "mean loss on held-out rows / on training rows"),
+        MetricSpec("batch_loss_ratio_lower", "1", "lower end of the 95 % interval of batch_loss_ratio"),
+        MetricSpec("batch_loss_ratio_upper", "1", "upper end of the 95 % interval of batch_loss_ratio"),
         MetricSpec("trace_ratio", "1", "trace on held-out rows / trace on training rows"),
         MetricSpec("trace_ratio_lower", "1", "lower end of the 95 % interval of trace_ratio"),
         MetricSpec("trace_ratio_upper", "1", "upper end of the 95 % interval of trace_ratio"),
@@ -43,6 +49,9 @@ class TrainHeldoutCurvatureAnalyzer(Analyzer):
         MetricSpec("top_eigenvalue_ratio_lower", "1", "lower end of the 95 % interval of top_eigenvalue_ratio"),
         MetricSpec("top_eigenvalue_ratio_upper", "1", "upper end of the 95 % interval of top_eigenvalue_ratio"),
         MetricSpec("sequences", "sequences", "rows used; label 'train' or 'heldout'"),
+        MetricSpec(
+            "shared_sequences", "sequences", "held-out rows used whose tokens are those of a training row used; n: rows"
+        ),
         MetricSpec("products", "products", "Hessian-vector products, both sides together"),
     )
 
@@ -70,9 +79,9 @@ class TrainHeldoutCurvatureAnalyzer(Analyzer):
     def measure(self, context: Context) -> Iterator[Result]:
         """Measurements with component ``all``.
 
-        Raises NotApplicable when the evaluation set has no split or one side has fewer than two groups, and as
-        ``hessian`` does.
+        Raises NotApplicable when there is neither a second evaluation set nor a split, or one side has fewer than two
+        groups, and as ``hessian`` does.
         """
         from trace_offline.analyzers._curvature_split import measure_split  # torch only when it is needed
 
-        yield from measure_split(context.model, context.evaluation, context.params, context.seed)
+        yield from measure_split(context.model, context.evaluation, context.params, context.seed, context.heldout)

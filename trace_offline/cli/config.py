@@ -38,6 +38,7 @@ class RunConfig(BaseModel):
     tokenizer: str | None = None
     trust_remote_code: bool | None = None
     force: bool | None = None
+    heldout_set: Path | None = None
     analyzer: dict[str, dict[str, Any]] = {}
 
 

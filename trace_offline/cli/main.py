@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from trace_offline.cli import corpus, evaluation
+from trace_offline.cli import corpus, evaluation, stores
 from trace_offline.core.errors import TraceOfflineError
 
 app = typer.Typer(
@@ -43,6 +43,9 @@ def analyze(
         str | None, typer.Argument(help="A folder, a file, hf://org/name, or a Hugging Face cache folder.")
     ] = None,
     evaluation_set: Annotated[Path | None, typer.Option(help="Folder of the evaluation set.")] = None,
+    heldout_set: Annotated[
+        Path | None, typer.Option(help="A second evaluation set, of held-out text, for analyzers that compare the two.")
+    ] = None,
     store: Annotated[Path | None, typer.Option(metavar="FILE.duckdb", help="Where the history goes.")] = None,
     analyzer: Annotated[
         list[str] | None, typer.Option(help="An analyzer to run; repeat for several. Default: the five built in.")
@@ -73,7 +76,8 @@ def analyze(
     from trace_offline.cli.analysis import run_analyze
 
     given = {
-        "source": source, "evaluation_set": evaluation_set, "store": store, "analyzers": analyzer, "run": run,
+        "source": source, "evaluation_set": evaluation_set, "heldout_set": heldout_set, "store": store,
+        "analyzers": analyzer, "run": run,
         "steps": steps, "revisions": revisions, "device": device, "jobs": jobs, "dtype": dtype, "seed": seed,
         "model_factory": model_factory, "blocks": blocks, "tokenizer": tokenizer,
         "trust_remote_code": trust_remote_code or None, "force": force or None,
@@ -93,6 +97,7 @@ def rerun(
     run: Annotated[str | None, typer.Option(help="Only this run of the store.")] = None,
     source: Annotated[str | None, typer.Option(help="Where the checkpoints are now, if they moved.")] = None,
     evaluation_set: Annotated[Path | None, typer.Option(help="Where the evaluation set is now, if it moved.")] = None,
+    heldout_set: Annotated[Path | None, typer.Option(help="Where the held-out set is now, or another one.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Worker processes.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Compute again what the store already has.")] = False,
@@ -104,7 +109,7 @@ def rerun(
     raise typer.Exit(
         run_rerun(
             store, analyzer, set_ or [], steps=steps, run=run, source=source, evaluation_set=evaluation_set,
-            device=device, jobs=jobs, force=force, as_json=as_json,
+            heldout_set=heldout_set, device=device, jobs=jobs, force=force, as_json=as_json,
         )
     )  # fmt: skip
 
@@ -185,6 +190,9 @@ def _root(
 
         typer.echo(installed("trace-offline"))
         raise typer.Exit
+
+
+stores.register(app)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from trace_offline.core.errors import CheckpointError, UsageError
 from trace_offline.core.types import Checkpoint
 from trace_offline.engine.execution import Execution, Summary, duplicate_warnings
 from trace_offline.engine.fingerprints import known_fingerprints, with_fingerprints
+from trace_offline.engine.heldout import check_used, load_heldout, with_heldout
 from trace_offline.engine.options import AnalyzeOptions, choose_jobs, factory_digest
 from trace_offline.engine.plan import Planner, default_run_name, resolve_analyzers, short_names
 from trace_offline.engine.progress import Progress, Silent
@@ -37,9 +38,12 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None) -> Summar
     progress = progress or Silent()
     options.check()
     wanted = resolve_analyzers(registry(), options.analyzers, options.params)
+    check_used(registry(), options, wanted)
+    evaluation = EvaluationSet.load(options.evaluation_set)
+    heldout = None if options.heldout_set is None else load_heldout(options.heldout_set, evaluation)
+    wanted = with_heldout(registry(), wanted, heldout)
     single = tuple(item for item in wanted if registry().get(item.name).scope is Scope.CHECKPOINT)
     comparing = tuple(item for item in wanted if item not in single)
-    evaluation = EvaluationSet.load(options.evaluation_set)
     found = discover(options.source, revisions=options.revisions)
     usable = _usable(found, options)
     # A comparison means the whole series: its first and last checkpoint are not those of a selection.
@@ -60,9 +64,11 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None) -> Summar
         tokenizer=options.tokenizer,
         trust_remote_code=options.trust_remote_code,
         factory_digest=factory_digest(options.model_factory),
+        heldout_set=None if heldout is None else str(Path(heldout.folder).absolute()),
+        heldout_hash=None if heldout is None else heldout.hash,
     )
     if not Path(options.store).exists():
-        _check_fit(needed, settings, evaluation)  # before anything is made
+        _check_fit(needed, settings, evaluation, heldout)  # before anything is made
 
     with Writer.open(Path(options.store)) as writer:
         needed, stamps, unreadable = with_fingerprints(needed, writer, known_fingerprints(writer))
@@ -74,10 +80,11 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None) -> Summar
         series = SeriesPlan(run, comparing, settings, writer.path.with_suffix(".extracts"), done, options.force)
         chosen = _selected(needed, options)
         if series.pending(needed) or any(planner.missing(item) for item in chosen):
-            _check_fit(needed, settings, evaluation)
+            _check_fit(needed, settings, evaluation, heldout)
 
         writer.register_run(run, _absolute(options.source), evaluation.hash, options.stored(), _model_type(needed))
-        name = writer.register_evaluation_set(_evaluation_row(evaluation, settings))
+        sets = [item for item in (evaluation, heldout) if item is not None]
+        names = [writer.register_evaluation_set(_evaluation_row(item)) for item in sets]
         aside = [item for item in found if not item.state.analyzable] + unreadable
         writer.register_checkpoints(run, short_names(options.source, [*needed, *aside]), everything=True)
         writer.plan(row for item in chosen if item.fingerprint for row in planner.identities(item))
@@ -85,10 +92,11 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None) -> Summar
         summary = Summary(run, Path(options.store), len(needed if comparing else chosen))
         summary.set_aside = [f"{item.location}: {item.state.value}: {item.reason}" for item in aside]
         summary.warnings = duplicate_warnings(needed)
-        if name != evaluation.name:
-            summary.warnings.append(
-                f'another evaluation set of this store is called "{evaluation.name}"; this one is "{name}" in history.'
-            )
+        for item, name in zip(sets, names, strict=True):
+            if name != item.name:
+                summary.warnings.append(
+                    f'another evaluation set of this store is called "{item.name}"; this one is "{name}" in history.'
+                )
 
         def register(item: Checkpoint) -> None:
             writer.register_checkpoints(run, short_names(options.source, [item]))
@@ -117,14 +125,16 @@ def _selected(usable: list[Checkpoint], options: AnalyzeOptions) -> list[Checkpo
     return chosen
 
 
-def _check_fit(chosen: list[Checkpoint], settings: WorkSettings, evaluation: EvaluationSet) -> None:
+def _check_fit(chosen: list[Checkpoint], settings: WorkSettings, *sets: EvaluationSet | None) -> None:
     """Raise EvaluationSetError when the first checkpoint on this disk has another tokenizer.
 
     Called only when there is something to do: reading a tokenizer loads transformers.
     """
     local = next((item for item in chosen if item.layout != "hub"), None)
     if local is not None:
-        check_tokenizer_of(Unit(local, (), settings), evaluation)
+        for evaluation in sets:
+            if evaluation is not None:
+                check_tokenizer_of(Unit(local, (), settings), evaluation)
 
 
 def _absolute(source: str) -> str:
@@ -167,11 +177,11 @@ def _check_same_run(writer: Writer, run: str, options: AnalyzeOptions, chosen: l
         )
 
 
-def _evaluation_row(evaluation: EvaluationSet, settings: WorkSettings) -> dict[str, Any]:
+def _evaluation_row(evaluation: EvaluationSet) -> dict[str, Any]:
     return {
         "hash": evaluation.hash,
         "name": evaluation.name,
-        "path": settings.evaluation_set,
+        "path": str(Path(evaluation.folder).absolute()),
         "n_examples": evaluation.n_examples,
         "n_tokens": evaluation.n_tokens,
         "tokenizer_hash": evaluation.tokenizer_hash,

@@ -37,6 +37,7 @@ class AnalyzeOptions:
     tokenizer: str | None = None
     trust_remote_code: bool = False
     force: bool = False
+    heldout_set: Path | None = None
 
     def check(self) -> None:
         """Raise UsageError for a value that cannot be used."""
@@ -76,6 +77,7 @@ class AnalyzeOptions:
             "blocks": self.blocks,
             "tokenizer": self.tokenizer and str(Path(self.tokenizer).absolute()),
             "trust_remote_code": self.trust_remote_code,
+            "heldout_set": self.heldout_set and str(Path(self.heldout_set).absolute()),
         }
 
 

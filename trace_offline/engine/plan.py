@@ -76,13 +76,13 @@ class Planner:
             {
                 "checkpoint_id": checkpoint_id(self.run, checkpoint),
                 "analysis_id": analysis_id(
-                    model, item.name, item.version, item.params, settings.evaluation_hash, settings.dtype,
+                    model, item.name, item.version, item.identity(), settings.evaluation_hash, settings.dtype,
                     settings.seed,
                 ),
                 "fingerprint": checkpoint.fingerprint,
                 "analyzer": item.name,
                 "analyzer_version": item.version,
-                "params": canonical_json(dict(item.params)),
+                "params": canonical_json(item.identity()),
                 "evaluation_set": settings.evaluation_hash,
                 "dtype": settings.dtype,
                 "seed": settings.seed,

@@ -11,8 +11,10 @@ from trace_offline.analyzers.registry import registry
 from trace_offline.core.errors import StoreError, TraceOfflineError, UsageError, nearest
 from trace_offline.core.steps import StepSelection
 from trace_offline.engine.analyze import Summary, analyze
+from trace_offline.engine.heldout import uses_heldout
 from trace_offline.engine.options import AnalyzeOptions
 from trace_offline.engine.progress import Progress
+from trace_offline.engine.unit import HELDOUT
 from trace_offline.query.reader import Store
 
 _KEPT = ("revisions", "dtype", "seed", "device", "jobs", "model_factory", "blocks", "tokenizer", "trust_remote_code")
@@ -36,6 +38,7 @@ def rerun(
     force: bool = False,
     source: str | None = None,
     evaluation_set: Path | None = None,
+    heldout_set: Path | None = None,
     device: str | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
@@ -45,7 +48,9 @@ def rerun(
     Each run is repeated as it was asked for: on each of its evaluation sets, with its number type, seed, factory. Where
     the analyzer took part in some of these, only those; where in none, all. Parameters start from those of the
     analyzer's latest analysis there; ``params`` changes single ones. What is stored with these very parameters is left
-    alone unless ``force``. ``source`` and ``evaluation_set`` say where the files are now, when they moved.
+    alone unless ``force``. ``source``, ``evaluation_set`` and ``heldout_set`` say where the files are now, when they
+    moved. An analyzer that looks at a second evaluation set gets the one of its latest analysis there (none, if that
+    had none); where it has not run yet, the one that the run was last asked with.
 
     A run that cannot be repeated (its files are gone) is reported in its summary and leaves the others alone; when
     there is only one, the error is raised.
@@ -61,15 +66,17 @@ def rerun(
     summaries = []
     for row in rows:
         kept = json.loads(row["options"])
+        latest = _latest(opened, row, analyzer)
         options = AnalyzeOptions(
             source=source or row["source"],
             evaluation_set=evaluation_set or Path(row["path"]),
             store=store,
             analyzers=(analyzer,),
-            params={analyzer: {**_latest_params(opened, row, analyzer), **(params or {})}},
+            params={analyzer: {**_own_params(latest or {}, analyzer), **(params or {})}},
             run=row["run"],
             steps=steps,
             force=force,
+            heldout_set=heldout_set or _heldout_path(opened, latest, kept, analyzer),
             **{**{name: value for name, value in kept.items() if name in _KEPT}, **_given(device=device, jobs=jobs)},
         )
         try:
@@ -99,13 +106,31 @@ def _given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _latest_params(store: Store, row: Mapping[str, Any], analyzer: str) -> dict[str, Any]:
-    """Parameters of the latest analysis, without those a newer version of the analyzer no longer has."""
+def _latest(store: Store, row: Mapping[str, Any], analyzer: str) -> dict[str, Any] | None:
+    """Stored parameters of the latest analysis; None where there is none yet."""
     found = store.scalar(
         "select a.params from analyses a join planned p using (analysis_id) join checkpoints c using (checkpoint_id) "
         "where c.run = ? and a.analyzer = ? and a.evaluation_set = ? and a.dtype = ? and a.seed = ? "
         "and a.status in ('ok', 'not_applicable') order by a.sequence desc limit 1",
         [row["run"], analyzer, row["hash"], row["dtype"], row["seed"]],
     )
+    return None if found is None else dict(json.loads(found))
+
+
+def _own_params(stored: Mapping[str, Any], analyzer: str) -> dict[str, Any]:
+    """Without those a newer version of the analyzer no longer has."""
     known = registry().get(analyzer).Params.model_fields
-    return {name: value for name, value in json.loads(found or "{}").items() if name in known}
+    return {name: value for name, value in stored.items() if name in known}
+
+
+def _heldout_path(
+    store: Store, latest: Mapping[str, Any] | None, kept: Mapping[str, Any], analyzer: str
+) -> Path | None:
+    if not uses_heldout(registry(), analyzer):
+        return None
+    if latest is None:
+        return Path(kept["heldout_set"]) if kept.get("heldout_set") else None
+    if HELDOUT not in latest:
+        return None
+    path = store.scalar("select path from evaluation_sets where hash = ?", [latest[HELDOUT]])
+    return None if path is None else Path(path)

@@ -58,7 +58,7 @@ class SeriesPlan:
         kind: Any = registry().get(item.name)
         kept = kind().extract_params(kind.Params.model_validate(dict(item.params)))
         name = analysis_id(
-            self._fingerprint(checkpoint), item.name, item.version, kept, self.settings.evaluation_hash,
+            self._fingerprint(checkpoint), item.name, item.version, item.identity(kept), self.settings.evaluation_hash,
             self.settings.dtype, self.settings.seed,
         )  # fmt: skip
         return self.folder / item.name / f"{name}{_SUFFIX}"
@@ -68,7 +68,7 @@ class SeriesPlan:
         prints = [self._fingerprint(checkpoint) for checkpoint in series]
         steps = [str(checkpoint.step) for checkpoint in series]
         settings = self.settings
-        params = canonical_json(dict(item.params))
+        params = canonical_json(item.identity())
         whole = digest(*prints, *steps, item.name, item.version, params, settings.evaluation_hash, settings.dtype,
                        str(settings.seed))  # fmt: skip
         return [

@@ -11,6 +11,9 @@ from trace_offline.core.errors import CheckpointError
 from trace_offline.core.hashing import canonical_json, digest
 from trace_offline.core.types import Checkpoint
 
+HELDOUT = "heldout_set"
+"""Key of the second evaluation set's hash among the stored parameters of an analysis that looked at it."""
+
 
 @dataclass(frozen=True, slots=True)
 class AnalysisRequest:
@@ -28,11 +31,20 @@ class AnalysisRequest:
 
 @dataclass(frozen=True)
 class Wanted:
-    """One analyzer with its resolved parameters (defaults filled in)."""
+    """One analyzer with its resolved parameters (defaults filled in).
+
+    ``heldout``: hash of the second evaluation set, for an analyzer that looks at it; None where there is none.
+    """
 
     name: str
     version: str
     params: Mapping[str, Any]
+    heldout: str | None = None
+
+    def identity(self, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The parameters as they are stored and hashed: with the second evaluation set where it is looked at."""
+        own = dict(self.params if params is None else params)
+        return own if self.heldout is None else {**own, HELDOUT: self.heldout}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +62,8 @@ class WorkSettings:
     tokenizer: str | None = None
     trust_remote_code: bool = False
     factory_digest: str = ""
+    heldout_set: str | None = None
+    heldout_hash: str | None = None
 
 
 Stamps = tuple[tuple[str, int, int], ...]

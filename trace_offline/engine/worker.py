@@ -14,7 +14,7 @@ from typing import Any
 
 from trace_offline.core.errors import CheckpointError, EvaluationSetError, NotApplicable, TraceOfflineError
 from trace_offline.core.types import AnalysisStatus, Array, Artifact, Measurement, Outcome
-from trace_offline.engine.unit import AnalysisRequest, Unit, WorkSettings, file_stamps
+from trace_offline.engine.unit import AnalysisRequest, Unit, file_stamps
 
 _BAR = "/"
 
@@ -96,7 +96,7 @@ def _model_cache() -> Any:
 
 def _measure_all(unit: Unit, jobs: list[_Job], device: str) -> None:
     from trace_offline.activations.forward import run_pass
-    from trace_offline.analyzers.base import Context
+    from trace_offline.analyzers.base import Context, Need
     from trace_offline.analyzers.registry import registry
     from trace_offline.checkpoints.loading import load_model
 
@@ -114,7 +114,7 @@ def _measure_all(unit: Unit, jobs: list[_Job], device: str) -> None:
         cache=_model_cache(),
     )
     _refuse_changed(unit)
-    _check_vocabulary(model, evaluation, unit)
+    _check_vocabulary(model, evaluation, unit.checkpoint.location)
 
     collectors: dict[str, Any] = {}
     for job in jobs:
@@ -123,7 +123,8 @@ def _measure_all(unit: Unit, jobs: list[_Job], device: str) -> None:
             kind = registry().get(job.request.analyzer)
             job.analyzer = kind()
             params = kind.Params.model_validate(dict(job.request.params))
-            job.context = Context(model, evaluation, params, settings.seed, step=unit.checkpoint.step)
+            heldout = _heldout(unit, model) if Need.HELDOUT in kind.needs else None
+            job.context = Context(model, evaluation, params, settings.seed, step=unit.checkpoint.step, heldout=heldout)
             for name, collector in job.analyzer.collectors(job.context).items():
                 collectors[f"{job.request.analyzer}{_BAR}{name}"] = collector
         except BaseException as error:
@@ -262,28 +263,35 @@ def check_tokenizer_of(unit: Unit, evaluation: Any) -> None:
     check_tokenizer(evaluation, tokenizer_hash(Path(folder)), str(folder))
 
 
-def _check_vocabulary(model: Any, evaluation: Any, unit: Unit) -> None:
+def _heldout(unit: Unit, model: Any) -> Any:
+    """The second evaluation set, checked against this checkpoint; None when the run has none."""
+    settings = unit.settings
+    if settings.heldout_set is None or settings.heldout_hash is None:
+        return None
+    heldout = evaluation_set(settings.heldout_set, settings.heldout_hash)
+    check_tokenizer_of(unit, heldout)
+    _check_vocabulary(model, heldout, unit.checkpoint.location)
+    return heldout
+
+
+def _check_vocabulary(model: Any, evaluation: Any, location: str) -> None:
     """Ids beyond the embedding table would end in an index error deep inside the model."""
     getter = getattr(model.module, "get_input_embeddings", None)
     table = getter() if callable(getter) else None
     rows = getattr(table, "num_embeddings", None)
-    largest = _largest_id(unit.settings)
+    largest = _largest_id(str(evaluation.folder), evaluation.hash)
     if rows is not None and largest >= rows:
         raise EvaluationSetError(
             f'The evaluation set "{evaluation.name}" contains token id {largest}, but the embedding of the checkpoint '
-            f"{unit.checkpoint.location} has only {rows} rows: they belong to different tokenizers."
+            f"{location} has only {rows} rows: they belong to different tokenizers."
         )
 
 
 @functools.lru_cache(maxsize=2)
-def _largest(folder: str, expected_hash: str) -> int:
+def _largest_id(folder: str, expected_hash: str) -> int:
     evaluation = evaluation_set(folder, expected_hash)
     block = 1024
     return max(
         int(evaluation.tokens(start, min(start + block, evaluation.n_examples)).input_ids.max())
         for start in range(0, evaluation.n_examples, block)
     )
-
-
-def _largest_id(settings: WorkSettings) -> int:
-    return _largest(settings.evaluation_set, settings.evaluation_hash)
