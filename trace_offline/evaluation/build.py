@@ -17,6 +17,7 @@ from trace_offline.core.hashing import file_digest
 from trace_offline.evaluation import format as form
 from trace_offline.evaluation.absynth import read_absynth
 from trace_offline.evaluation.alignment import Outcome, SubwordMap
+from trace_offline.evaluation.annotations import Annotations
 from trace_offline.evaluation.conllu import read_conllu
 from trace_offline.evaluation.document import Document, read_text
 from trace_offline.evaluation.evaluation_set import EvaluationSet
@@ -300,7 +301,7 @@ def _contents(rows: Sequence[Row], plan: Plan, with_split: bool) -> form.Content
     return form.Contents(
         input_ids=ids,
         attention_mask=mask,
-        annotations=form.Annotations.from_tuples(annotations),
+        annotations=Annotations.from_tuples(annotations),
         labels=labels,
         group=np.asarray([row.group for row in rows], np.int64),
         split=np.asarray([row.split for row in rows], np.int8) if with_split else None,

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from trace_offline.core.errors import EvaluationSetError, nearest
 from trace_offline.evaluation import format as form
 from trace_offline.evaluation import validate
+from trace_offline.evaluation.annotations import ANNOTATIONS, BATCHES, read_annotations
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,7 +100,7 @@ class EvaluationSet:
         description, document = form.read_description(folder)
         stamps = _stamps(folder)
         batches = form.open_batches(folder)
-        where = str(folder / form.BATCHES)
+        where = str(folder / BATCHES)
         names = set(batches.keys())
         for name in ("input_ids", "attention_mask"):
             if name not in names:
@@ -118,8 +119,8 @@ class EvaluationSet:
         validate.check_row_numbers(n, group, split, where)  # type: ignore[arg-type]
         if len(np.unique(example)) != n:
             raise EvaluationSetError(f"{where}: example must number each row differently; some rows share a number.")
-        annotations = form.read_annotations(folder, example).ordered()
-        where_annotations = str(folder / form.ANNOTATIONS)
+        annotations = read_annotations(folder, example).ordered()
+        where_annotations = str(folder / ANNOTATIONS)
         validate.check_spans(annotations, n, t, where_annotations, description.multi_label)
         content_hash = form.ContentHash(description, n, t)
         n_tokens = 0
@@ -190,7 +191,7 @@ class EvaluationSet:
             )
         self._unchanged()
         batches = form.open_batches(self.folder)
-        where = str(self.folder / form.BATCHES)
+        where = str(self.folder / BATCHES)
         ids, mask, labels = _read_rows(batches, start, stop, (self.n_examples, self.max_length), self.has_labels, where)
         targets = self._targets(ids, mask.astype(bool), labels)
         return TokenBatch(torch.from_numpy(ids), torch.from_numpy(mask.astype(bool)), torch.from_numpy(targets))
@@ -219,7 +220,7 @@ class EvaluationSet:
                 f'{self.folder}: no annotations for task "{task}"; the tasks are: {known}.{nearest(task, self.tasks)}'
             )
         self._unchanged()
-        found = form.read_annotations(self.folder, self._example, task).ordered()
+        found = read_annotations(self.folder, self._example, task).ordered()
         classes = tuple(sorted(set(found.label.tolist())))
         codes = {name: code for code, name in enumerate(classes)}
         label = np.asarray([codes[name] for name in found.label.tolist()], np.int64)
@@ -253,7 +254,7 @@ def check_tokenizer(evaluation: EvaluationSet, tokenizer_hash: str | None, where
 
 def _stamps(folder: Path) -> tuple[tuple[int, int], ...]:
     stamps = []
-    for name in (form.BATCHES, form.ANNOTATIONS):
+    for name in (BATCHES, ANNOTATIONS):
         try:
             status = (folder / name).stat()
         except OSError as error:

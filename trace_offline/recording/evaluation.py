@@ -13,6 +13,7 @@ import numpy.typing as npt
 from trace_offline.core.errors import EvaluationSetError
 from trace_offline.evaluation import format as form
 from trace_offline.evaluation import validate
+from trace_offline.evaluation.annotations import Annotations
 
 
 def save_evaluation_set(
@@ -168,7 +169,7 @@ def _refuse_hidden_padding(
         )
 
 
-def _annotations(given: Iterable[tuple[int, str, int, int, str]], where: str) -> form.Annotations:
+def _annotations(given: Iterable[tuple[int, str, int, int, str]], where: str) -> Annotations:
     rows = []
     for index, annotation in enumerate(given):
         try:
@@ -179,7 +180,7 @@ def _annotations(given: Iterable[tuple[int, str, int, int, str]], where: str) ->
                 f"{where}: annotation {index}: expected (row, task, start, end, label) with whole "
                 f"numbers for row, start and end; found {annotation!r:.120}."
             ) from error
-    return form.Annotations.from_tuples(rows)
+    return Annotations.from_tuples(rows)
 
 
 def _special_tokens(tokenizer: Any) -> list[int]:
