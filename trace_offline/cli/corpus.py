@@ -7,12 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Generate annotated synthetic sentences.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps ``generate`` a sub-command while it is the only one."""
+app = typer.Typer(help="Generate, inspect and change annotated synthetic sentences.", no_args_is_help=True)
 
 
 @app.command()
@@ -30,3 +25,27 @@ def generate(
     except OSError as error:
         raise UsageError(f"Cannot write {output}: {error.strerror or error}.") from error
     typer.echo(f"{count} sentences written to {output}", err=True)
+
+
+@app.command()
+def intervene(
+    file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="A corpus made by generate.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The file to write, one minimal pair a line.")],
+    kind: Annotated[
+        list[str],
+        typer.Option(help="synonym, role_violation, elimination or agreement_violation; repeat for several."),
+    ],
+    seed: Annotated[int, typer.Option(help="Same seed, same pairs.", min=0)] = 0,
+    sentences: Annotated[int | None, typer.Option(help="Only the first so many sentences.", min=1)] = None,
+) -> None:
+    """Write minimal pairs: each sentence, and the same with one word replaced or removed."""
+    from trace_offline.core.errors import UsageError
+    from trace_offline.corpus.interventions import intervene_file
+
+    try:
+        written, without = intervene_file(file, out, kind, seed, limit=sentences)
+    except OSError as error:
+        raise UsageError(f"Cannot write {out}: {error.strerror or error}.") from error
+    for each in kind:
+        skipped = f"; {without[each]} sentences do not admit it" if without[each] else ""
+        typer.echo(f"{each}: {written[each]} pairs written to {out}{skipped}", err=True)

@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from trace_offline.core.errors import TraceOfflineError
-from trace_offline.corpus.generator import CorpusParams, generate_to_file
+from trace_offline.corpus.generator import generate_to_file
 from trace_offline.corpus.lexicon import LexiconParams
+from trace_offline.corpus.params import CorpusParams
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -19,42 +19,12 @@ from trace_offline.corpus.grammar import (
     SINGULAR_DETERMINERS,
     Frame,
 )
-from trace_offline.corpus.lexicon import LexiconParams, build_lexicon, inflect, participle
+from trace_offline.corpus.lexicon import build_lexicon, inflect, participle
+from trace_offline.corpus.params import CorpusParams, Origin, write_origin
 from trace_offline.corpus.sampling import index_stream, uniform_stream, zipf_probabilities
 from trace_offline.corpus.sentence import AnnotatedSentence, Clause, write_jsonl
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class CorpusParams:
-    """What the corpus is drawn from. All shares are probabilities between 0 and 1.
-
-    alpha: Zipf exponent of every list of lemmas (nouns, adjectives, adverbs, the verbs of each frame).
-    complexity: shares of simple, medium and complex sentences; they sum to 1.
-    attractors: share of medium and complex subjects followed by a phrase (*near the …*), whose noun has the other
-    number half of the time. plural: share of plural noun phrases. passive: share of passives where the frame allows.
-    """
-
-    alpha: float = 1.0
-    complexity: tuple[float, float, float] = (0.35, 0.4, 0.25)
-    attractors: float = 0.25
-    plural: float = 0.4
-    passive: float = 0.2
-    adjectives: float = 0.25
-    adverbs: float = 0.15
-    lexicon: LexiconParams = field(default_factory=LexiconParams)
-    lexicon_seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("attractors", "plural", "passive", "adjectives", "adverbs"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise UsageError(f"corpus: {name} is a share between 0 and 1, found {getattr(self, name)}.")
-        shares = self.complexity
-        if len(shares) != len(COMPLEXITIES) or min(shares) < 0 or abs(sum(shares) - 1.0) > 1e-9:
-            raise UsageError(
-                f"corpus: complexity is three shares that sum to 1 ({', '.join(COMPLEXITIES)}), found {shares}."
-            )
 
 
 @dataclass(slots=True)
@@ -245,8 +215,12 @@ def generate(seed: int, params: CorpusParams | None = None) -> Iterator[Annotate
 def generate_to_file(path: Path | str, sentences: int, seed: int, params: CorpusParams | None = None) -> int:
     """Write the first ``sentences`` sentences of :func:`generate` as JSONL; returns their number.
 
+    Beside the file goes ``FILE.params.json``, from which others can rebuild the grammar (``read_origin``).
     Raises UsageError for a count below 1 or a negative seed.
     """
     if sentences < 1:
         raise UsageError(f"corpus: the number of sentences must be at least 1, found {sentences}.")
-    return write_jsonl(path, islice(generate(seed, params), sentences))
+    params = params or CorpusParams()
+    count = write_jsonl(path, islice(generate(seed, params), sentences))
+    write_origin(path, Origin(seed, sentences, params))
+    return count

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from trace_offline.core.errors import UsageError
+
+_encode = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make a new encoder for every sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,15 +20,27 @@ class Clause:
     """One clause: its frame, the word that agrees and what it agrees with.
 
     ``verb`` is the position of the finite word (the auxiliary in a passive), ``subject`` that of the subject's head
-    noun; ``plural`` is the number of both. ``attractors`` counts the nouns of the other number between the two.
+    noun; ``plural`` is the number of the subject, and of the verb unless agreement was violated on purpose; None where
+    words show no number. ``attractors`` counts the nouns of the other number between the two.
     """
 
     frame: str
     subject: int
     verb: int
-    plural: bool
+    plural: bool | None
     passive: bool
     attractors: int
+
+    def to_record(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {
+            "frame": self.frame,
+            "subject": self.subject,
+            "verb": self.verb,
+            "plural": self.plural,
+            "passive": self.passive,
+            "attractors": self.attractors,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +67,9 @@ class AnnotatedSentence:
         """The words, separated by single spaces."""
         return " ".join(self.words)
 
-    def to_json(self) -> str:
-        """One line of JSON without the line end."""
-        record = {
+    def to_record(self) -> dict[str, Any]:
+        """The fields as JSON values; :meth:`from_record` is its inverse."""
+        return {
             "words": self.words,
             "pos": self.pos,
             "roles": self.roles,
@@ -62,9 +77,12 @@ class AnnotatedSentence:
             "plural": self.plural,
             "frame": self.frame,
             "complexity": self.complexity,
-            "clauses": [asdict(clause) for clause in self.clauses],
+            "clauses": [clause.to_record() for clause in self.clauses],
         }
-        return json.dumps(record, separators=(",", ":"))
+
+    def to_json(self) -> str:
+        """One line of JSON without the line end."""
+        return _encode(self.to_record())
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> AnnotatedSentence:
@@ -83,19 +101,25 @@ class AnnotatedSentence:
         return cls(**per_word, frame=record["frame"], complexity=record["complexity"], clauses=clauses)
 
 
-def write_jsonl(path: Path | str, sentences: Iterable[AnnotatedSentence]) -> int:
-    """Write one sentence a line and return their number; the file appears under its name only when complete."""
-    path = Path(path)
+@contextmanager
+def complete_file(path: Path) -> Iterator[TextIO]:
+    """A text file to write (UTF-8) that appears under its name only when the block ends without an error."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    count = 0
     try:
-        with partial.open("w", encoding="ascii", newline="\n") as file:
-            for sentence in sentences:
-                file.write(sentence.to_json() + "\n")
-                count += 1
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            yield file
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_jsonl(path: Path | str, sentences: Iterable[AnnotatedSentence]) -> int:
+    """Write one sentence a line and return their number; the file appears under its name only when complete."""
+    count = 0
+    with complete_file(Path(path)) as file:
+        for sentence in sentences:
+            file.write(sentence.to_json() + "\n")
+            count += 1
     return count
 
 
