@@ -16,7 +16,7 @@ PACKAGE = Path(trace_offline.__file__).parent
 # A stage may import the stages before it in this list, and itself.
 ORDER = [
     "core", "estimators", "checkpoints", "evaluation", "activations", "analyzers", "corpus", "recording", "store",
-    "query", "engine", "report", "web", "api", "cli",
+    "query", "importers", "events", "engine", "report", "web", "api", "cli",
 ]  # fmt: skip
 # The training side stands apart: nothing of the analysis may creep into a training script, and the corpus is data.
 ALONE = {"corpus": {"core"}, "recording": {"core", "evaluation", "checkpoints"}, "query": {"core", "store"}}

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from trace_offline.cli import corpus, evaluation, stores
+from trace_offline.cli import corpus, evaluation, importing, stores
 from trace_offline.core.errors import TraceOfflineError
 
 app = typer.Typer(
@@ -192,6 +192,7 @@ def _root(
         raise typer.Exit
 
 
+importing.register(app)
 stores.register(app)
 
 

@@ -60,8 +60,8 @@ create table events (
 """
 
 # ``is_latest`` belongs to the weights a checkpoint has now: when the files of a step were replaced, what was measured
-# on the old ones stays queryable but is no longer the latest word. Imported numbers know no weights (their fingerprint is
-# "imported:PART:DIGEST"); each part of a file, a task, has a latest word of its own.
+# on the old ones stays queryable but is no longer the latest word. Imported numbers know no weights (they have the
+# fingerprint "imported:PART:DIGEST"); each part of a file, a task, has a latest word of its own.
 _VIEWS = """
 create or replace view linked as
 select p.checkpoint_id, c.run, c.step, c.tokens_seen, c.checkpoint, e.name as evaluation_set, a.analysis, a.analysis_id,

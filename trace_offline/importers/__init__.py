@@ -1,0 +1,1 @@
+"""Numbers that other programs measured, brought into a store beside our own."""
