@@ -14,8 +14,9 @@ import trace_offline
 PACKAGE = Path(trace_offline.__file__).parent
 
 # A stage may import the stages before it in this list, and itself.
+# The corpus is data and needs the core only; analyzers judge sampled sentences by the grammar that made it.
 ORDER = [
-    "core", "estimators", "checkpoints", "evaluation", "activations", "analyzers", "corpus", "recording", "store",
+    "core", "corpus", "estimators", "checkpoints", "evaluation", "activations", "analyzers", "recording", "store",
     "query", "importers", "events", "engine", "report", "web", "api", "cli",
 ]  # fmt: skip
 # The training side stands apart: nothing of the analysis may creep into a training script, and the corpus is data.
