@@ -2,8 +2,9 @@
 
 from trace_offline.corpus.generator import generate, generate_to_file
 from trace_offline.corpus.grammar import FRAMES, ROLES, Frame
-from trace_offline.corpus.interventions import KINDS, Pair, intervene, intervene_all, read_pairs, write_pairs
+from trace_offline.corpus.interventions import KINDS, intervene, intervene_all
 from trace_offline.corpus.lexicon import Lexicon, LexiconParams, build_lexicon
+from trace_offline.corpus.pairs import Pair, read_pairs, write_pairs
 from trace_offline.corpus.params import CorpusParams, Origin, origin_path, read_origin, write_origin
 from trace_offline.corpus.sentence import AnnotatedSentence, Clause, read_jsonl, write_jsonl
 from trace_offline.corpus.statistics import ZipfFit, fit_zipf, log_log_slope

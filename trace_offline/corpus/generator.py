@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
-
-import numpy as np
 
 from trace_offline.core.errors import UsageError
 from trace_offline.corpus.grammar import (
+    AGENT_PHRASE,
     COMPLEXITIES,
+    DETERMINER_SHARES,
     FRAMES,
     MODIFIER_PREPOSITIONS,
+    OBLIQUE,
     PLURAL_DETERMINERS,
     SINGULAR_DETERMINERS,
     Frame,
 )
 from trace_offline.corpus.lexicon import build_lexicon, inflect, participle
+from trace_offline.corpus.lexis import lexis
 from trace_offline.corpus.params import CorpusParams, Origin, write_origin
-from trace_offline.corpus.sampling import index_stream, uniform_stream, zipf_probabilities
+from trace_offline.corpus.sampling import drawer, uniform_stream
 from trace_offline.corpus.sentence import AnnotatedSentence, Clause, write_jsonl
-
-T = TypeVar("T")
 
 
 @dataclass(slots=True)
 class _Noun:
     position: int
     plural: bool
+    field: int
 
 
 class _Sentence:
@@ -61,27 +61,28 @@ class _Writer:
     def __init__(self, params: CorpusParams, seed: int) -> None:
         lexicon = build_lexicon(params.lexicon, seed=params.lexicon_seed)
         self.params = params
+        self.agreement = params.agreement
+        self.draw = lexis(lexicon, params, seed).draw
+        self.verbs = {name: f"verb {name}" for name in FRAMES}
         self.chance = uniform_stream(seed, "structure").__next__
-        self.complexity = _drawer(seed, "complexity", params.complexity, COMPLEXITIES)
+        self.complexity = drawer(seed, "complexity", params.complexity, COMPLEXITIES)
         frames = list(FRAMES.values())
-        self.frame = _drawer(seed, "frame", [frame.weight for frame in frames], frames)
-        self.noun = _lemmas(seed, "noun", params.alpha, lexicon.nouns)
-        self.adjective = _lemmas(seed, "adjective", params.alpha, lexicon.adjectives)
-        self.adverb = _lemmas(seed, "adverb", params.alpha, lexicon.adverbs)
-        self.verb = {name: _lemmas(seed, f"verb {name}", params.alpha, v) for name, v in lexicon.verbs.items()}
-        determiners = (0.5, 0.2, 0.15, 0.15)
+        weights = list(params.frame_shares.values()) if params.frames else [frame.weight for frame in frames]
+        self.frame = drawer(seed, "frame", weights, frames)
+        # Without agreement both numbers share their determiners, so that no word tells them apart.
+        plurals = PLURAL_DETERMINERS if params.agreement else SINGULAR_DETERMINERS
         self.determiner = {
-            False: _drawer(seed, "singular determiner", determiners, SINGULAR_DETERMINERS),
-            True: _drawer(seed, "plural determiner", determiners, PLURAL_DETERMINERS),
+            False: drawer(seed, "singular determiner", DETERMINER_SHARES, SINGULAR_DETERMINERS),
+            True: drawer(seed, "plural determiner", DETERMINER_SHARES, plurals),
         }
-        self.modifier = _drawer(seed, "modifier", (1.0, 1.0), MODIFIER_PREPOSITIONS)
+        self.modifier = drawer(seed, "modifier", (1.0, 1.0), MODIFIER_PREPOSITIONS)
 
     def sentence(self) -> AnnotatedSentence:
         level = next(self.complexity)
         out = _Sentence()
         rich = level != "simple"
         if level != "complex":
-            self._clause(out, rich, oblique=0.35)
+            self._clause(out, rich, oblique=OBLIQUE["medium"])
         else:
             (self._coordinated_verbs, self._coordinated_clauses, self._relative_on_subject, self._relative_on_object)[
                 int(self.chance() * 4)
@@ -106,17 +107,17 @@ class _Writer:
     def _coordinated_verbs(self, out: _Sentence) -> None:
         frame, passive = self._frame(True)
         subject = self._subject(out, frame, passive, True)
-        self._predicate(out, frame, passive, subject, True, oblique=0.2)
+        self._predicate(out, frame, passive, subject, True, oblique=OBLIQUE["coordinated"])
         out.add("and", "CCONJ", "and")
-        self._predicate(out, next(self.frame), False, subject, True, oblique=0.2)
+        self._predicate(out, next(self.frame), False, subject, True, oblique=OBLIQUE["coordinated"])
 
     def _coordinated_clauses(self, out: _Sentence) -> None:
-        self._clause(out, True, oblique=0.2)
+        self._clause(out, True, oblique=OBLIQUE["coordinated"])
         if self.chance() < 0.5:
             out.add("and", "CCONJ", "and")
         else:
             out.add("while", "SCONJ", "while")
-        self._clause(out, True, oblique=0.2)
+        self._clause(out, True, oblique=OBLIQUE["coordinated"])
 
     def _relative_on_subject(self, out: _Sentence) -> None:
         frame, passive = self._frame(True)
@@ -124,11 +125,11 @@ class _Writer:
         out.add("that", "PRON", "that")
         self._predicate(out, next(self.frame), False, subject, False, oblique=0.0)
         inner = out.clauses.pop()
-        self._predicate(out, frame, passive, subject, True, oblique=0.3)
+        self._predicate(out, frame, passive, subject, True, oblique=OBLIQUE["relative"])
         out.clauses.append(inner)  # the main clause comes first
 
     def _relative_on_object(self, out: _Sentence) -> None:
-        noun = self._clause(out, True, oblique=0.2)
+        noun = self._clause(out, True, oblique=OBLIQUE["coordinated"])
         if noun is None:  # nothing to hang a relative clause on
             out.add("while", "SCONJ", "while")
             self._clause(out, False, oblique=0.0)
@@ -152,21 +153,23 @@ class _Writer:
         self, out: _Sentence, frame: Frame, passive: bool, subject: _Noun, rich: bool, oblique: float
     ) -> _Noun | None:
         chance = self.chance
+        # The subject of a passive is what the verb would have as its object, and collocates with it all the same.
+        stem, field = self.draw(self.verbs[frame.name], subject.field if passive else None)
         if rich and chance() < self.params.adverbs:
-            adverb = next(self.adverb)
+            adverb, _ = self.draw("adverb", field)
             out.add(adverb, "ADV", adverb)
-        stem, plural = next(self.verb[frame.name]), subject.plural
+        plural, marked = subject.plural, subject.plural if self.agreement else None
         last: _Noun | None = None
         if passive:
-            verb = out.add("are" if plural else "is", "AUX", "be", plural)
+            verb = out.add("are" if marked else "is", "AUX", "be", marked)
             out.add(participle(stem), "VERB", stem)
-            if chance() < 0.6:
+            if chance() < AGENT_PHRASE:
                 out.add("by", "ADP", "by")
                 last = self._phrase(out, frame.subject, rich)
         else:
-            verb = out.add(stem if plural else inflect(stem), "VERB", stem, plural)
+            verb = out.add(stem if plural or not self.agreement else inflect(stem), "VERB", stem, marked)
             if frame.object:
-                last = self._phrase(out, frame.object, rich)
+                last = self._phrase(out, frame.object, rich, near=field)
         out.clauses.append(self._agreement(out, frame, subject, verb, passive))
         chosen = [chance() < oblique for _ in frame.obliques] if rich else [False] * len(frame.obliques)
         if sum(chosen) < frame.required:
@@ -179,28 +182,25 @@ class _Writer:
 
     @staticmethod
     def _agreement(out: _Sentence, frame: Frame, subject: _Noun, verb: int, passive: bool) -> Clause:
+        number = out.plural[subject.position]
         between = range(subject.position + 1, verb)
-        others = sum(out.pos[i] == "NOUN" and out.plural[i] != subject.plural for i in between)
-        return Clause(frame.name, subject.position, verb, subject.plural, passive, others)
+        others = sum(out.pos[i] == "NOUN" and out.plural[i] != number for i in between)
+        return Clause(frame.name, subject.position, verb, number, passive, others)
 
-    def _phrase(self, out: _Sentence, role: str | None, rich: bool, plural: bool | None = None) -> _Noun:
+    def _phrase(
+        self, out: _Sentence, role: str | None, rich: bool, plural: bool | None = None, near: int | None = None
+    ) -> _Noun:
         if plural is None:
             plural = self.chance() < self.params.plural
         determiner = next(self.determiner[plural])
         out.add(determiner, "DET", determiner)
+        stem, field = self.draw("noun", near)
         if rich and self.chance() < self.params.adjectives:
-            adjective = next(self.adjective)
+            adjective, _ = self.draw("adjective", field)
             out.add(adjective, "ADJ", adjective)
-        stem = next(self.noun)
-        return _Noun(out.add(inflect(stem) if plural else stem, "NOUN", stem, plural, role), plural)
-
-
-def _drawer(seed: int, name: str, probabilities: Sequence[float] | np.ndarray, items: Sequence[T]) -> Iterator[T]:
-    return map(items.__getitem__, index_stream(seed, name, probabilities))
-
-
-def _lemmas(seed: int, name: str, alpha: float, stems: Sequence[str]) -> Iterator[str]:
-    return _drawer(seed, name, zipf_probabilities(len(stems), alpha), stems)
+        if not self.agreement:
+            return _Noun(out.add(stem, "NOUN", stem, None, role), plural, field)
+        return _Noun(out.add(inflect(stem) if plural else stem, "NOUN", stem, plural, role), plural, field)
 
 
 def generate(seed: int, params: CorpusParams | None = None) -> Iterator[AnnotatedSentence]:

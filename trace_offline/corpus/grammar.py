@@ -31,6 +31,12 @@ POS_TAGS: tuple[str, ...] = ("ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "NOUN",
 MODIFIER_PREPOSITIONS: tuple[str, ...] = ("near", "behind")  # inside a noun phrase; their nouns have no role
 SINGULAR_DETERMINERS: tuple[str, ...] = ("the", "a", "every", "this")
 PLURAL_DETERMINERS: tuple[str, ...] = ("the", "some", "many", "these")
+DETERMINER_SHARES: tuple[float, ...] = (0.5, 0.2, 0.15, 0.15)
+
+OBLIQUE: dict[str, float] = {"medium": 0.35, "coordinated": 0.2, "relative": 0.3}
+"""Probability of each optional oblique: in medium sentences, coordination and main clauses around a relative clause."""
+AGENT_PHRASE = 0.6
+"""Probability that a passive names its demoted subject."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """Minimal pairs: one word of a sentence replaced or removed, with annotations that stay aligned with the words.
 
 ``synonym``: a noun, verb, adjective or adverb gives way to another lemma of its list in the same form (for verbs: of
-the same frame). The result is as grammatical as the original: the control for the other three.
+the same frame), in a corpus with collocations one of the same field of meaning. The result is as grammatical as the
+original: the control for the other three.
 
 ``role_violation``: an argument that its clause's frame cannot license. Either the preposition of an oblique argument is
 replaced by one that marks no role in this frame and voice, or the verb of an active clause with an object is replaced
@@ -16,10 +17,9 @@ preposition, a conjunction), only where the word after the gap cannot stand ther
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -28,96 +28,57 @@ from typing import Any
 import numpy as np
 
 from trace_offline.core.errors import UsageError, nearest
+from trace_offline.corpus.expectation import exponent
 from trace_offline.corpus.grammar import FRAMES, MODIFIER_PREPOSITIONS
-from trace_offline.corpus.lexicon import PREPOSITIONS, Lexicon, build_lexicon, inflect
+from trace_offline.corpus.lexicon import PREPOSITIONS, build_lexicon, inflect
+from trace_offline.corpus.lexis import field_lists, lemma_lists
+from trace_offline.corpus.pairs import Pair, write_pairs
 from trace_offline.corpus.params import CorpusParams, read_origin
 from trace_offline.corpus.sampling import zipf_probabilities
-from trace_offline.corpus.sentence import AnnotatedSentence, Clause, complete_file, read_jsonl
+from trace_offline.corpus.sentence import AnnotatedSentence, Clause, read_jsonl
 
 KINDS: tuple[str, ...] = ("synonym", "role_violation", "elimination", "agreement_violation")
+_LISTS = {"NOUN": "noun", "ADJ": "adjective", "ADV": "adverb"}
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A sentence and the same with one word changed.
-
-    ``original_positions`` and ``changed_positions`` are the words to compare, one by one. ``detail`` says what was
-    changed: the part of speech (``synonym``, ``elimination``), ``preposition`` or ``object`` (``role_violation``), or
-    ``attractor``/``no_attractor`` (``agreement_violation``: whether a noun of the wrong number stands in between).
-    """
-
-    kind: str
-    original: AnnotatedSentence
-    changed: AnnotatedSentence
-    original_positions: tuple[int, ...]
-    changed_positions: tuple[int, ...]
-    detail: str
-
-    def to_record(self) -> dict[str, Any]:
-        """The fields as JSON values; :meth:`from_record` is its inverse."""
-        return {
-            "kind": self.kind,
-            "original": self.original.to_record(),
-            "changed": self.changed.to_record(),
-            "original_positions": self.original_positions,
-            "changed_positions": self.changed_positions,
-            "detail": self.detail,
-        }
-
-    @classmethod
-    def from_record(cls, record: dict[str, Any]) -> Pair:
-        """The pair of one parsed JSON line; raises KeyError, TypeError or ValueError for anything else."""
-        pair = cls(
-            str(record["kind"]),
-            AnnotatedSentence.from_record(record["original"]),
-            AnnotatedSentence.from_record(record["changed"]),
-            tuple(record["original_positions"]),
-            tuple(record["changed_positions"]),
-            str(record.get("detail", "")),
-        )
-        if len(pair.original_positions) != len(pair.changed_positions) or not pair.original_positions:
-            raise ValueError("as many positions in the original as in the changed sentence expected, at least one")
-        for sentence, positions in (
-            (pair.original, pair.original_positions),
-            (pair.changed, pair.changed_positions),
-        ):
-            if not all(isinstance(each, int) and 0 <= each < len(sentence.words) for each in positions):
-                raise ValueError(f"positions of words expected (0 to {len(sentence.words) - 1}), found {positions}")
-        return pair
-
-
-@dataclass(frozen=True, slots=True)
 class _Words:
     """What the interventions ask the lexicon."""
 
-    lexicon: Lexicon
-    nouns: frozenset[str]
-    verbs: frozenset[str]
-    alpha: float
+    def __init__(self, params: CorpusParams) -> None:
+        lexicon = build_lexicon(params.lexicon, seed=params.lexicon_seed)
+        self.lists = lemma_lists(lexicon)
+        self.nouns = frozenset(lexicon.nouns)
+        self.verbs = frozenset(stem for stems in lexicon.verbs.values() for stem in stems)
+        alpha = exponent(params)
+        self.probabilities = {name: zipf_probabilities(len(stems), alpha) for name, stems in self.lists.items()}
+        self.places = {name: {stem: i for i, stem in enumerate(stems)} for name, stems in self.lists.items()}
+        self.fields: dict[str, np.ndarray] = {}
+        if params.collocated:
+            for name, layout in field_lists(lexicon, params).items():
+                order = [self.places[name][stem] for stem in layout.stems]
+                self.fields[name] = np.empty_like(layout.overlap())
+                self.fields[name][order] = layout.overlap()
 
-    def listed(self, tag: str, frame: str | None) -> tuple[str, ...]:
-        lists = {"NOUN": self.lexicon.nouns, "ADJ": self.lexicon.adjectives, "ADV": self.lexicon.adverbs}
-        return self.lexicon.verbs[frame] if tag == "VERB" and frame else lists[tag]
+    def draw(self, name: str, rng: np.random.Generator) -> str:
+        """A lemma of a list with its probability in the corpus."""
+        return self.lists[name][int(rng.choice(len(self.lists[name]), p=self.probabilities[name]))]
 
-    def draw(self, stems: tuple[str, ...], rng: np.random.Generator, but: str | None = None) -> str | None:
-        """A lemma with its probability in the corpus, another than ``but``; None when there is no other."""
-        weights = zipf_probabilities(len(stems), self.alpha)
-        if but is not None:
-            if but not in stems:
-                raise UsageError(
-                    f'"{but}" is not a lemma of this lexicon: the corpus was made with other parameters. Give those '
-                    "it was made with (they are written beside a generated file, as FILE.params.json)."
-                )
-            weights[stems.index(but)] = 0.0
+    def another(self, name: str, lemma: str, rng: np.random.Generator) -> str | None:
+        """Another lemma of the list, in a corpus with collocations one of the same field; None when there is none."""
+        place = self.places[name].get(lemma)
+        if place is None:
+            raise UsageError(
+                f'"{lemma}" is not a lemma of this lexicon: the corpus was made with other parameters. Give those '
+                "it was made with (they are written beside a generated file, as FILE.params.json)."
+            )
+        fields = self.fields.get(name)
+        weights = self.probabilities[name].copy() if fields is None else fields @ fields[place]
+        weights[place] = 0.0
         total = weights.sum()
-        return stems[int(rng.choice(len(stems), p=weights / total))] if total > 0 else None
+        return self.lists[name][int(rng.choice(len(weights), p=weights / total))] if total > 0 else None
 
 
-@lru_cache(maxsize=8)
-def _words(params: CorpusParams) -> _Words:
-    lexicon = build_lexicon(params.lexicon, seed=params.lexicon_seed)
-    verbs = frozenset(stem for stems in lexicon.verbs.values() for stem in stems)
-    return _Words(lexicon, frozenset(lexicon.nouns), verbs, params.alpha)
+_words = lru_cache(maxsize=8)(_Words)
 
 
 def intervene(
@@ -173,33 +134,6 @@ def intervene_file(
     return written, without
 
 
-def write_pairs(path: Path | str, pairs: Iterable[Pair]) -> int:
-    """Write one pair a line (JSONL) and return their number."""
-    count = 0
-    with complete_file(Path(path)) as file:
-        for pair in pairs:
-            file.write(json.dumps(pair.to_record(), separators=(",", ":")) + "\n")
-            count += 1
-    return count
-
-
-def read_pairs(path: Path | str) -> Iterator[Pair]:
-    """Stream the pairs of a file written by :func:`write_pairs`; UsageError naming the line for anything else."""
-    path = Path(path)
-    try:
-        file = path.open(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(
-            f"{path}: cannot read the pairs ({error.strerror}). Make them with: trace-offline corpus intervene."
-        ) from None
-    with file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield Pair.from_record(json.loads(line))
-            except (KeyError, TypeError, ValueError) as error:
-                raise UsageError(f"{path}, line {number}: expected a pair of sentences; {error!r:.160}.") from None
-
-
 def _check_kind(kind: str) -> None:
     if kind not in KINDS:
         raise UsageError(f'intervene: expected a kind of {", ".join(KINDS)}; found "{kind}".{nearest(kind, KINDS)}')
@@ -207,10 +141,10 @@ def _check_kind(kind: str) -> None:
 
 def _synonym(sentence: AnnotatedSentence, rng: np.random.Generator, words: _Words) -> Pair | None:
     verbs = {clause.verb + clause.passive: clause.frame for clause in sentence.clauses}
-    places = [i for i, tag in enumerate(sentence.pos) if tag in ("NOUN", "ADJ", "ADV") or i in verbs]
+    places = [i for i, tag in enumerate(sentence.pos) if tag in _LISTS or i in verbs]
     for place in rng.permutation(places).tolist():
         tag, lemma, form = sentence.pos[place], sentence.lemmas[place], sentence.words[place]
-        other = words.draw(words.listed(tag, verbs.get(place)), rng, but=lemma)
+        other = words.another(f"verb {verbs[place]}" if place in verbs else _LISTS[tag], lemma, rng)
         if other is not None:
             changed = _replaced(sentence, place, word=other + form[len(lemma) :], lemma=other)
             return Pair("synonym", sentence, changed, (place,), (place,), tag)
@@ -243,8 +177,7 @@ def _role_violation(sentence: AnnotatedSentence, rng: np.random.Generator, words
         roles = tuple(None if i == head else role for i, role in enumerate(sentence.roles))
         return Pair("role_violation", sentence, replace(changed, roles=roles), (place,), (place,), detail)
     frame = _weighted(_objectless(clause.frame), rng)
-    stem = words.draw(words.lexicon.verbs[frame], rng)
-    assert stem is not None
+    stem = words.draw(f"verb {frame}", rng)
     ending = sentence.words[clause.verb][len(sentence.lemmas[clause.verb]) :]
     changed = _replaced(sentence, clause.verb, word=stem + ending, lemma=stem)
     clauses = tuple(replace(c, frame=frame) if n == number else c for n, c in enumerate(sentence.clauses))

@@ -60,6 +60,37 @@ class LexiconParams:
                 f"their stem with one of {self.nouns} nouns. Ask for more nouns or a smaller share of homographs."
             )
 
+    @property
+    def vocabulary(self) -> int:
+        """How many distinct word forms the grammar can produce, function words included."""
+        verbs = self.verbs_per_frame * len(FRAMES)
+        participles = self.verbs_per_frame * sum(frame.passive for frame in FRAMES.values())
+        shared = round(self.homographs * verbs)  # each shares both of its forms with a noun
+        forms = 2 * self.nouns + 2 * verbs + participles - 2 * shared
+        return forms + self.adjectives + self.adverbs + len(FUNCTION_WORDS)
+
+    @classmethod
+    def for_vocabulary(cls, vocabulary: int, *, homographs: float = 0.2) -> LexiconParams:
+        """Every kind of word scaled alike so that there are exactly ``vocabulary`` word forms.
+
+        Raises UsageError for fewer forms than one lemma of each kind has.
+        """
+        default, frames = cls(), len(FRAMES)
+        scale = (vocabulary - len(FUNCTION_WORDS)) / (default.vocabulary - len(FUNCTION_WORDS))
+        verbs_per_frame = max(1, round(default.verbs_per_frame * scale))
+        # What the verbs leave is shared out as in the default lexicon; adjectives, with one form each, take the rest.
+        bare = cls(1, verbs_per_frame, 1, 1, 0.0).vocabulary - 4
+        shared = round(homographs * verbs_per_frame * frames)
+        room = vocabulary - bare + 2 * shared
+        parts = 2 * default.nouns + default.adjectives + default.adverbs
+        nouns, adverbs = round(room * default.nouns / parts), round(room * default.adverbs / parts)
+        adjectives = room - 2 * nouns - adverbs
+        if min(nouns, adverbs, adjectives) < 1 or nouns < shared:
+            raise UsageError(
+                f"lexicon: {vocabulary} word forms are too few for every kind of word; ask for 100 or more."
+            )
+        return cls(nouns, verbs_per_frame, adjectives, adverbs, homographs)
+
 
 @dataclass(frozen=True, slots=True)
 class Lexicon:

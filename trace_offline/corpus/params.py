@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
 
 from trace_offline.core.errors import UsageError, nearest
-from trace_offline.corpus.grammar import COMPLEXITIES
+from trace_offline.corpus.grammar import COMPLEXITIES, FRAMES
 from trace_offline.corpus.lexicon import LexiconParams
 from trace_offline.corpus.sentence import complete_file
 
 GRAMMAR_VERSION = 1
 """Raised when the same parameters and seed would no longer give the same sentences."""
+
+COLLOCATIONS: tuple[str, ...] = ("noun_adjective", "verb_noun", "verb_adverb")
+DEFAULT_ALPHA = 1.0
+MAX_ALPHA = 50.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +30,17 @@ class CorpusParams:
     complexity: shares of simple, medium and complex sentences; they sum to 1.
     attractors: share of medium and complex subjects followed by a phrase (*near the …*), whose noun has the other
     number half of the time. plural: share of plural noun phrases. passive: share of passives where the frame allows.
+    frames: (name, share) of the frames to draw from, normalised; those not named do not occur. Empty: all, each with
+    its ``Frame.weight``.
+    noun_adjective, verb_noun, verb_adverb: collocation strengths, the share of the time that the second word (for
+    verb_noun the verb's object, which is the subject of a passive) is drawn from the field of meaning of the first
+    and not from its whole list; ``fields`` is the number of fields. The exponent of every list stays what it is.
+    entropy: bits per content word (noun, verb, adjective, adverb) given the list it is drawn from; when it is given,
+    the exponent is solved for and ``alpha`` must keep its default (``expectation.exponent`` tells it).
+    agreement: False writes the same sentences without any mark of number on nouns, verbs and determiners.
     """
 
-    alpha: float = 1.0
+    alpha: float = DEFAULT_ALPHA
     complexity: tuple[float, float, float] = (0.35, 0.4, 0.25)
     attractors: float = 0.25
     plural: float = 0.4
@@ -36,9 +49,16 @@ class CorpusParams:
     adverbs: float = 0.15
     lexicon: LexiconParams = field(default_factory=LexiconParams)
     lexicon_seed: int = 0
+    frames: tuple[tuple[str, float], ...] = ()
+    noun_adjective: float = 0.0
+    verb_noun: float = 0.0
+    verb_adverb: float = 0.0
+    fields: int = 5
+    entropy: float | None = None
+    agreement: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("attractors", "plural", "passive", "adjectives", "adverbs"):
+        for name in ("attractors", "plural", "passive", "adjectives", "adverbs", *COLLOCATIONS):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise UsageError(f"corpus: {name} is a share between 0 and 1, found {getattr(self, name)}.")
         shares = self.complexity
@@ -46,14 +66,46 @@ class CorpusParams:
             raise UsageError(
                 f"corpus: complexity is three shares that sum to 1 ({', '.join(COMPLEXITIES)}), found {shares}."
             )
+        if not 0.0 <= self.alpha <= MAX_ALPHA:
+            raise UsageError(f"corpus: alpha, the Zipf exponent, is between 0 and {MAX_ALPHA:g}, found {self.alpha}.")
+        if self.entropy is not None and self.alpha != DEFAULT_ALPHA:
+            raise UsageError("corpus: entropy decides the Zipf exponent; give entropy or alpha, not both.")
+        if self.entropy is not None and not self.entropy > 0:
+            raise UsageError(f"corpus: entropy is a positive number of bits per content word, found {self.entropy}.")
+        if self.fields < 2:
+            raise UsageError(f"corpus: words fall into at least 2 fields of meaning, found {self.fields}.")
+        self._check_frames()
+
+    def _check_frames(self) -> None:
+        for name, share in self.frames:
+            if name not in FRAMES:
+                known = ", ".join(FRAMES)
+                raise UsageError(f'corpus: there is no frame "{name}".{nearest(name, FRAMES)} There are: {known}.')
+            if not 0.0 <= share < float("inf"):
+                raise UsageError(f"corpus: the share of frame {name} must not be negative, found {share}.")
+        names = [name for name, _ in self.frames]
+        if self.frames and (len(set(names)) < len(names) or sum(share for _, share in self.frames) <= 0):
+            raise UsageError("corpus: name each frame once, at least one of them with a share above 0.")
+
+    @property
+    def frame_shares(self) -> dict[str, float]:
+        """The share of the clauses that each frame gets; all frames, sum 1."""
+        weights = dict(self.frames) or {name: frame.weight for name, frame in FRAMES.items()}
+        total = sum(weights.values())
+        return {name: weights.get(name, 0.0) / total for name in FRAMES}
+
+    @property
+    def collocated(self) -> bool:
+        """Whether any collocation strength is above zero."""
+        return any(getattr(self, name) > 0 for name in COLLOCATIONS)
 
     def to_record(self) -> dict[str, Any]:
         """All parameters as JSON values, with the version of the grammar; :meth:`from_record` is its inverse."""
         record: dict[str, Any] = {"version": GRAMMAR_VERSION}
-        for each in fields(self):
+        for each in fields_of(self):
             value = getattr(self, each.name)
             if isinstance(value, LexiconParams):
-                value = {part.name: getattr(value, part.name) for part in fields(value)}
+                value = {part.name: getattr(value, part.name) for part in fields_of(value)}
             record[each.name] = _listed(value)
         return record
 
@@ -127,7 +179,7 @@ def read_origin(corpus: Path | str) -> Origin | None:
 def _known(kind: type, given: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(given, Mapping):
         raise UsageError(f"corpus parameters: {kind.__name__} is an object of names and values, found {given!r:.80}.")
-    names = [each.name for each in fields(kind)]
+    names = [each.name for each in fields_of(kind)]
     for name in given:
         if name not in names:
             raise UsageError(f'corpus parameters: there is no parameter "{name}".{nearest(name, names)}')

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 
+T = TypeVar("T")
 BLOCK = 8192
 
 
@@ -31,6 +33,16 @@ def index_stream(seed: int, name: str, probabilities: Sequence[float] | np.ndarr
     rng = _generator(seed, name)
     while True:
         yield from np.searchsorted(edges, rng.random(BLOCK), side="right").tolist()
+
+
+def drawer(seed: int, name: str, probabilities: Sequence[float] | np.ndarray, items: Sequence[T]) -> Iterator[T]:
+    """Endless items, item i with probability ``probabilities[i]``."""
+    return map(items.__getitem__, index_stream(seed, name, probabilities))
+
+
+def permutation(seed: int, name: str, n: int) -> np.ndarray:
+    """The numbers from 0 to n - 1 in an order fixed by (seed, name); int64 [n]."""
+    return _generator(seed, name).permutation(n)
 
 
 def zipf_probabilities(n: int, alpha: float) -> np.ndarray:
