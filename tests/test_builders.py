@@ -15,9 +15,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from trace_offline.core.errors import EvaluationSetError, UsageError
-from trace_offline.evaluation.build import build_evaluation_set, guess_kind
+from trace_offline.evaluation.build import build_evaluation_set
 from trace_offline.evaluation.evaluation_set import EvaluationSet
 from trace_offline.evaluation.plain_text import read_plain_text
+from trace_offline.evaluation.sources import guess_kind
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "dog", "##s", "bark", "cat", "sleep", "a", "cafe", "."]
 

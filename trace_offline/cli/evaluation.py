@@ -47,6 +47,12 @@ def build(
     licence: Annotated[str, typer.Option(help="Licence of the text, stored with the set.")] = "",
     mask_probability: Annotated[float, typer.Option(help="Share of tokens to guess (masked_lm).")] = 0.15,
     seed: Annotated[int, typer.Option(help="Seed of the masking (masked_lm).")] = 0,
+    training_text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="What the model was trained on, for n-gram baselines and memorisation; repeat."
+        ),
+    ] = None,
 ) -> None:
     """Build an evaluation set from annotated or plain text."""
     from trace_offline.evaluation.build import build_evaluation_set
@@ -72,6 +78,7 @@ def build(
         add_bos=bos,
         mask_probability=mask_probability,
         seed=seed,
+        training_text=training_text or (),
     )
     for warning in made.summary.get("warnings", []):
         typer.echo(f"warning: {warning}", err=True)
@@ -80,6 +87,15 @@ def build(
         lost = {name: count for name, count in counts.items() if isinstance(count, int) and count}
         shown = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in lost.items())
         typer.echo(f"  {task}: {shown}; {len(counts.get('classes', ()))} classes")
+    if others := made.summary.get("alternatives"):
+        typer.echo(
+            "  alternatives: " + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in others.items())
+        )
+    if training := made.summary.get("training_text"):
+        typer.echo(
+            f"  training text: {training['texts']} texts, {training['tokens']} tokens; {training['rows_seen']} of "
+            f"{made.n_examples} sequences are among them"
+        )
 
 
 @app.command()

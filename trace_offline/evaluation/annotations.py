@@ -55,6 +55,35 @@ class Annotations:
         )
 
 
+@dataclass(frozen=True)
+class Alternatives:
+    """Tokens that could stand in the place of others, int64 ``[A]``: the wrong form of a verb, say.
+
+    ``position``: of the token that is there; ``token``: the other one. Ordered by row, then position; one a place.
+    """
+
+    row: npt.NDArray[np.int64]
+    position: npt.NDArray[np.int64]
+    token: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @classmethod
+    def from_tuples(cls, rows: list[tuple[int, int, int]]) -> Alternatives:
+        """From ``(row, position, token)`` in any order."""
+        return cls.from_table(np.asarray(sorted(rows), np.int64).reshape(-1, 3))
+
+    @classmethod
+    def from_table(cls, table: npt.NDArray[np.integer]) -> Alternatives:
+        """From ``[A, 3]``."""
+        return cls(*np.ascontiguousarray(table.astype(np.int64).T))
+
+    def table(self) -> npt.NDArray[np.int64]:
+        """``[A, 3]``: row, position, token."""
+        return np.stack([self.row, self.position, self.token], axis=1)
+
+
 def read_annotations(folder: Path, example: npt.NDArray[np.int64], task: str | None = None) -> Annotations:
     """Annotations of one task (or all), with ``example`` numbers turned into rows.
 

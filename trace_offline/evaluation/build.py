@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,17 @@ import numpy.typing as npt
 from trace_offline.core.errors import EvaluationSetError, UsageError, nearest
 from trace_offline.core.hashing import file_digest
 from trace_offline.evaluation import format as form
-from trace_offline.evaluation.absynth import read_absynth
 from trace_offline.evaluation.alignment import Outcome, SubwordMap
-from trace_offline.evaluation.annotations import Annotations
-from trace_offline.evaluation.conllu import read_conllu
-from trace_offline.evaluation.document import Document, read_text
+from trace_offline.evaluation.alternatives import alternative_tokens
+from trace_offline.evaluation.annotations import Alternatives, Annotations
+from trace_offline.evaluation.document import Document
 from trace_offline.evaluation.evaluation_set import EvaluationSet
-from trace_offline.evaluation.jsonl import read_jsonl
 from trace_offline.evaluation.masking import choose_masked, masked_row
-from trace_offline.evaluation.plain_text import read_plain_text
+from trace_offline.evaluation.sources import KINDS, read_source
 from trace_offline.evaluation.tokenizing import Encoded, SourceTokenizer
+from trace_offline.evaluation.training_text import compare
 
-KINDS = ("text", "conllu", "jsonl", "absynth")
 OBJECTIVES = ("causal_lm", "masked_lm")
-_SUFFIXES = {".conllu": "conllu", ".conll": "conllu", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "absynth"}
 _ENCODED_TOGETHER = 256
 
 
@@ -41,6 +37,7 @@ class Row:
     split: int
     labels: npt.NDArray[np.int64] | None = None
     annotations: list[tuple[str, int, int, str]] = field(default_factory=list)
+    alternatives: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -50,6 +47,7 @@ class Tally:
     outcomes: dict[str, Counter[str]] = field(default_factory=dict)
     classes: dict[str, Counter[str]] = field(default_factory=dict)
     lost: dict[str, Counter[str]] = field(default_factory=dict)
+    alternatives: Counter[str] = field(default_factory=Counter)
     truncated: int = 0
     chunked: int = 0
 
@@ -92,6 +90,7 @@ def build_evaluation_set(
     mask_probability: float = 0.15,
     seed: int = 0,
     text_unit: str = "auto",
+    training_text: Sequence[Path | str] = (),
 ) -> EvaluationSet:
     """Write an evaluation set to the folder ``out`` and open it; counts of words and labels are in ``.summary``.
 
@@ -104,11 +103,15 @@ def build_evaluation_set(
     ``test_sources``. ``objective``: ``causal_lm``, or ``masked_lm``: ``mask_probability`` of the positions of each row
     (at least one) hold the mask token and are predicted; words that contain one lose their label.
     ``text_unit``: how plain text is split (``auto``, ``mark``, ``paragraph``, ``line``, ``file``).
+    ``training_text``: files of what the model was trained on; counts of their n-grams and which rows occur in them are
+    kept, not the text.
 
     Texts that occur more than once share a group, so that no split puts copies on both sides.
     Raises EvaluationSetError for unusable input, UsageError for unusable options.
     """
     _check_options(sources, tasks, kind, objective, max_length, max_examples)
+    if training_text and objective != "causal_lm":
+        raise UsageError(f"training_text needs the objective causal_lm; found {objective}.")
     loaded = SourceTokenizer.load(tokenizer)
     prefix, suffix = loaded.row_frame(objective, add_bos)
     if objective == "masked_lm" and loaded.mask_id is None:
@@ -145,42 +148,11 @@ def build_evaluation_set(
         licence=licence,
         summary=summary,
     )
-    form.write(Path(out), _contents(rows, plan, bool(test_sources)), description)
+    contents = _contents(rows, plan, bool(test_sources))
+    if training_text:
+        contents = _with_training_text(contents, [Path(path) for path in training_text], plan, text_unit, description)
+    form.write(Path(out), contents, description)
     return EvaluationSet.load(out)
-
-
-def read_source(path: Path, kind: str | None, tasks: Sequence[str] | None, text_unit: str = "auto") -> list[Document]:
-    """Documents of one file; ``kind`` None: guessed."""
-    found = kind or guess_kind(path)
-    if found == "text":
-        if tasks:
-            raise EvaluationSetError(
-                f"{path}: read as plain text, which has no annotations such as {', '.join(tasks)}. If it is annotated, "
-                f"say how: one of {', '.join(KINDS[1:])}."
-            )
-        return read_plain_text(path, text_unit)
-    reader: Callable[[Path, Sequence[str] | None], list[Document]]
-    reader = {"conllu": read_conllu, "jsonl": read_jsonl, "absynth": read_absynth}[found]
-    return reader(path, tasks)
-
-
-def guess_kind(path: Path) -> str:
-    """From the suffix (``.gz`` aside), else from the first line that is no comment."""
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
-    if suffixes and suffixes[-1] in _SUFFIXES:
-        return _SUFFIXES[suffixes[-1]]
-    if suffixes and suffixes[-1] == ".txt":
-        return "text"
-    text = read_text(path)
-    first = next((line for line in text.split("\n") if line.strip() and not line.startswith("# ")), "")
-    if first.count("\t") == 9:
-        return "conllu"
-    try:
-        if isinstance(json.loads(first), dict):
-            return "jsonl"
-    except ValueError:
-        pass
-    return "absynth" if first.strip().startswith(("[", "{")) else "text"
 
 
 def _check_options(
@@ -228,7 +200,7 @@ def _rows(
 
 def _rows_of(document: Document, encoded: Encoded, plan: Plan, tally: Tally, number: int) -> Iterator[Row]:
     """One row, or several for a long text without annotations."""
-    annotated = bool(document.spans or document.unplaced)
+    annotated = bool(document.spans or document.unplaced or document.alternatives)
     pieces = range(0, len(encoded.ids), plan.room)
     if len(pieces) > 1:
         tally.truncated += annotated
@@ -244,6 +216,9 @@ def _rows_of(document: Document, encoded: Encoded, plan: Plan, tally: Tally, num
             row.ids, row.labels = masked_row(ids, masked, plan.tokenizer.mask_id)
         if annotated:
             row.annotations = _annotations(document, encoded, plan, masked, tally)
+            if not len(masked):
+                others = alternative_tokens(document, encoded, plan.tokenizer, plan.room, tally.alternatives)
+                row.alternatives = [(place + len(plan.prefix), token) for place, token in others]
         number += 1
         yield row
 
@@ -292,6 +267,7 @@ def _contents(rows: Sequence[Row], plan: Plan, with_split: bool) -> form.Content
     mask = np.zeros((n, t), np.uint8)
     labels = np.full((n, t), -100, np.int64) if plan.objective == "masked_lm" else None
     annotations: list[tuple[int, str, int, int, str]] = []
+    alternatives = [(index, place, token) for index, row in enumerate(rows) for place, token in row.alternatives]
     for index, row in enumerate(rows):
         ids[index, : len(row.ids)] = row.ids
         mask[index, : len(row.ids)] = 1
@@ -305,7 +281,31 @@ def _contents(rows: Sequence[Row], plan: Plan, with_split: bool) -> form.Content
         labels=labels,
         group=np.asarray([row.group for row in rows], np.int64),
         split=np.asarray([row.split for row in rows], np.int8) if with_split else None,
+        alternatives=Alternatives.from_tuples(alternatives) if alternatives else None,
     )
+
+
+def _with_training_text(
+    contents: form.Contents, paths: Sequence[Path], plan: Plan, text_unit: str, description: form.Description
+) -> form.Contents:
+    """Compare the rows with the training texts: whole ones for n-grams, cut as rows are for equality."""
+    texts, pieces = [], []
+    for path in paths:
+        documents = read_source(path, None, (), text_unit)
+        for start in range(0, len(documents), _ENCODED_TOGETHER):
+            part = documents[start : start + _ENCODED_TOGETHER]
+            for encoded in plan.tokenizer.encode([document.text for document in part]):
+                ids = np.asarray(encoded.ids, np.int32)
+                texts.append(np.asarray([*plan.prefix, *encoded.ids, *plan.suffix], np.int32))
+                pieces += [ids[place : place + plan.room] for place in range(0, len(ids), plan.room)]
+    found = compare(contents.input_ids, contents.attention_mask, description.special_token_ids, texts, pieces)
+    description.summary["training_text"] = {
+        "texts": found.n_texts,
+        "tokens": found.n_tokens,
+        "rows_seen": int(found.seen.sum()),
+        "sources": {path.name: file_digest(path) for path in paths},
+    }
+    return replace(contents, training_text=found)
 
 
 def _summary(
@@ -352,6 +352,7 @@ def _summary(
         "texts_truncated": tally.truncated,
         "texts_in_several_rows": tally.chunked,
         "tasks": tasks,
+        **({"alternatives": dict(sorted(tally.alternatives.items()))} if tally.alternatives else {}),
         "sources": {Path(path).name: file_digest(Path(path)) for path in (*sources, *test_sources)},
         "warnings": warnings,
     }

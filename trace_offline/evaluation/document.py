@@ -22,6 +22,15 @@ class CharSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class CharAlternative:
+    """``form`` could stand in the place of the characters ``start`` to ``end`` (exclusive)."""
+
+    start: int
+    end: int
+    form: str
+
+
+@dataclass(frozen=True, slots=True)
 class Document:
     """One text. ``where`` names file and line for messages; ``unplaced`` counts, by task, labels without characters."""
 
@@ -29,6 +38,7 @@ class Document:
     where: str
     spans: tuple[CharSpan, ...] = ()
     unplaced: dict[str, int] = field(default_factory=dict)
+    alternatives: tuple[CharAlternative, ...] = ()
 
 
 def document_from_words(
@@ -39,14 +49,16 @@ def document_from_words(
     space_after: Sequence[bool] | None = None,
     text: str | None = None,
     whole: Mapping[str, str] | None = None,
+    alternatives: Sequence[str | None] | None = None,
 ) -> Document:
     """Words with one label each (None = unlabelled) → text with character spans.
 
     ``labels``: by task, as many as words. ``space_after``: whether a space follows each word (default: always).
     ``text``: the original text, in which the words are looked up in order, instead of joining them. ``whole``: labels
-    of the whole text by task. Raises EvaluationSetError when lengths differ or a word is not in ``text``.
+    of the whole text by task. ``alternatives``: the form to compare each word with (None = none). Raises
+    EvaluationSetError when lengths differ or a word is not in ``text``.
     """
-    for task, values in labels.items():
+    for task, values in [*labels.items(), *([] if alternatives is None else [("alternatives", alternatives)])]:
         if len(values) != len(words):
             raise EvaluationSetError(f'{where}: "{task}" has {len(values)} labels for {len(words)} words.')
     if space_after is not None and len(space_after) != len(words):
@@ -77,7 +89,10 @@ def document_from_words(
         if label is not None
     ]
     spans += [whole_span(task, text, label) for task, label in (whole or {}).items()]
-    return Document(text, where, tuple(spans))
+    others = [
+        CharAlternative(*bounds[index], form) for index, form in enumerate(alternatives or ()) if form is not None
+    ]
+    return Document(text, where, tuple(spans), alternatives=tuple(others))
 
 
 def whole_span(task: str, text: str, label: str) -> CharSpan:

@@ -15,12 +15,19 @@ import numpy.typing as npt
 from trace_offline.core.errors import EvaluationSetError, nearest
 from trace_offline.evaluation import format as form
 from trace_offline.evaluation import validate
-from trace_offline.evaluation.annotations import ANNOTATIONS, BATCHES, read_annotations
+from trace_offline.evaluation.annotations import ANNOTATIONS, BATCHES, Alternatives, read_annotations
+from trace_offline.evaluation.training_text import TRAINING_TEXT, TrainingText
+from trace_offline.evaluation.training_text import read as read_training_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORED = validate.IGNORED
+
+ADD_TRAINING_TEXT = (
+    "Build the set with it: trace-offline evaluation-set build OUT --from FILE --tokenizer CHECKPOINT "
+    "--training-text FILE, or save_evaluation_set(…, training_ids=…)."
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,9 @@ class EvaluationSet:
     ``labels_shifted``: True when a label at position t is compared with the prediction at t − 1 (causal LM).
     ``alignment``: which sub-word carries a word's label (``last``, ``first``, ``mean`` over all). ``split [N]``: 0 =
     fit probes here, 1 = score here, None = no split given. ``group [N]``: rows with the same number belong together.
-    ``summary``: what the builder counted (words aligned, truncated, …), empty for recorded sets.
+    ``summary``: what the builder counted (words aligned, truncated, …), empty for recorded sets. ``alternatives``:
+    tokens that could stand in the place of others (None: the set has none). ``has_training_text``: see
+    ``training_text()``.
     """
 
     folder: Path
@@ -81,6 +90,8 @@ class EvaluationSet:
     source: str = ""
     licence: str = ""
     summary: dict[str, Any] = field(default_factory=dict, repr=False)
+    alternatives: Alternatives | None = field(default=None, repr=False)
+    has_training_text: bool = False
     _example: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
     _stamps: tuple[tuple[int, int], ...] = field(default=(), repr=False)
 
@@ -123,6 +134,7 @@ class EvaluationSet:
         where_annotations = str(folder / ANNOTATIONS)
         validate.check_spans(annotations, n, t, where_annotations, description.multi_label)
         content_hash = form.ContentHash(description, n, t)
+        alternatives = _alternatives(batches, names, n, where)
         n_tokens = 0
         for start, stop in form.row_chunks(n, t):
             ids, mask, labels = _read_rows(batches, start, stop, shape, has_labels, where)
@@ -138,6 +150,9 @@ class EvaluationSet:
                 start,
                 None if description.labels_shifted else labels,
             )
+            if alternatives is not None:
+                own = None if description.labels_shifted else labels
+                validate.check_alternatives(_rows_of(alternatives, start, stop), ids, mask, own, where, start)
             n_tokens += int(mask.sum(dtype=np.int64))
             content_hash.update("input_ids", ids)
             content_hash.update("attention_mask", mask)
@@ -146,6 +161,11 @@ class EvaluationSet:
         content_hash.update("group", group)
         if split is not None:
             content_hash.update("split", split)
+        if alternatives is not None:
+            content_hash.update("alternatives", alternatives.table())
+        training_text = read_training_text(folder, n, t)
+        if training_text is not None:
+            content_hash.update_training_text(training_text)
         found = content_hash.finish(annotations)
         if document.get("hash") not in (None, found):
             raise EvaluationSetError(
@@ -173,6 +193,8 @@ class EvaluationSet:
             source=description.source,
             licence=description.licence,
             summary=description.summary,
+            alternatives=alternatives,
+            has_training_text=training_text is not None,
             _example=example,
             _stamps=stamps,
         )
@@ -226,6 +248,14 @@ class EvaluationSet:
         label = np.asarray([codes[name] for name in found.label.tolist()], np.int64)
         return Spans(found.row, found.start, found.end, label, classes)
 
+    def training_text(self) -> TrainingText:
+        """What the training text says about the rows. Raises EvaluationSetError when the set was built without one."""
+        self._unchanged()
+        found = read_training_text(self.folder, self.n_examples, self.max_length)
+        if found is None:
+            raise EvaluationSetError(f"{self.folder}: knows no training text. {ADD_TRAINING_TEXT}")
+        return found
+
     def _unchanged(self) -> None:
         if _stamps(self.folder) != self._stamps:
             raise EvaluationSetError(
@@ -260,6 +290,9 @@ def _stamps(folder: Path) -> tuple[tuple[int, int], ...]:
         except OSError as error:
             raise EvaluationSetError(f"{folder / name}: missing. Build the evaluation set anew.") from error
         stamps.append((status.st_size, status.st_mtime_ns))
+    if (folder / TRAINING_TEXT).exists():
+        status = (folder / TRAINING_TEXT).stat()
+        stamps.append((status.st_size, status.st_mtime_ns))
     return tuple(stamps)
 
 
@@ -273,6 +306,27 @@ def _numbers(batches: Any, names: set[str], name: str, n: int, where: str) -> np
             f"{where}: {name} must be whole numbers, one for each of the {n} rows; found {values.dtype} {values.shape}."
         )
     return values.astype(np.int64)
+
+
+def _alternatives(batches: Any, names: set[str], n: int, where: str) -> Alternatives | None:
+    if "alternatives" not in names:
+        return None
+    table = batches.get_tensor("alternatives")
+    if table.ndim != 2 or table.shape[1] != 3 or table.dtype.kind not in "iu":
+        raise EvaluationSetError(
+            f"{where}: alternatives must be whole numbers [A, 3] (row, position, token); found {table.dtype} "
+            f"{table.shape}."
+        )
+    found = Alternatives.from_table(table)
+    order = np.lexsort((found.position, found.row))
+    if len(found) and (found.row.min() < 0 or found.row.max() >= n or (order != np.arange(len(order))).any()):
+        raise EvaluationSetError(f"{where}: alternatives must be ordered by row and position, with rows 0 to {n - 1}.")
+    return found
+
+
+def _rows_of(alternatives: Alternatives, start: int, stop: int) -> Alternatives:
+    low, high = np.searchsorted(alternatives.row, [start, stop])
+    return Alternatives(alternatives.row[low:high], alternatives.position[low:high], alternatives.token[low:high])
 
 
 def _read_rows(

@@ -1,8 +1,10 @@
 """The evaluation-set folder on disk: how it is written, read and hashed.
 
 ``batches.safetensors``: ``input_ids [N, T]``, ``attention_mask [N, T]``, optionally ``labels [N, T]``, ``example [N]``
-(the number annotations refer to a row by; default the row's own number), ``group [N]``, ``split [N]``.
+(the number annotations refer to a row by; default the row's own number), ``group [N]``, ``split [N]``,
+``alternatives [A, 3]`` (row, position, another token that could stand there).
 ``annotations.parquet``: ``example, task, start, end, label``; token positions, end exclusive.
+``training_text.safetensors``, optionally: what a training text says about the rows (module ``training_text``).
 ``evaluation_set.json``: everything else. Format version 1.
 """
 
@@ -24,7 +26,8 @@ import numpy.typing as npt
 from trace_offline.core.errors import EvaluationSetError
 from trace_offline.core.hashing import canonical_json
 from trace_offline.evaluation import validate
-from trace_offline.evaluation.annotations import ANNOTATIONS, BATCHES, Annotations
+from trace_offline.evaluation.annotations import ANNOTATIONS, BATCHES, Alternatives, Annotations
+from trace_offline.evaluation.training_text import TRAINING_TEXT, TrainingText
 
 FORMAT = "trace-offline evaluation set"
 FORMAT_VERSION = 1
@@ -71,6 +74,8 @@ class Contents:
     labels: npt.NDArray[np.int64] | None = None
     group: npt.NDArray[np.int64] | None = None
     split: npt.NDArray[np.int8] | None = None
+    alternatives: Alternatives | None = None
+    training_text: TrainingText | None = None
 
 
 class ContentHash:
@@ -85,6 +90,11 @@ class ContentHash:
         """Add the next rows of a tensor."""
         state = self._tensors.setdefault(name, hashlib.blake2b(digest_size=16))
         state.update(np.ascontiguousarray(values, dtype="<i8").data)
+
+    def update_training_text(self, training: TrainingText) -> None:
+        """Add what the training text says."""
+        for name, values in training.tensors().items():
+            self.update(f"training_text.{name}", values)
 
     def finish(self, annotations: Annotations) -> str:
         """32 hex digits."""
@@ -123,8 +133,13 @@ def write(folder: Path, contents: Contents, description: Description) -> str:
         tensors["labels"] = np.ascontiguousarray(contents.labels)
     if contents.split is not None:
         tensors["split"] = np.ascontiguousarray(contents.split)
+    if contents.alternatives is not None and len(contents.alternatives):
+        tensors["alternatives"] = contents.alternatives.table()
     for name, tensor in tensors.items():
         content_hash.update(name, tensor)
+    training = contents.training_text
+    if training is not None:
+        content_hash.update_training_text(training)
     found = content_hash.finish(ordered)
     tensors["example"] = np.arange(n, dtype=np.int64)
 
@@ -146,7 +161,9 @@ def write(folder: Path, contents: Contents, description: Description) -> str:
             "max_length": t,
             "tokens": int(contents.attention_mask.sum(dtype=np.int64)),
             "annotations": {str(task): int(count) for task, count in zip(tasks, counts, strict=True)},
-        },
+        }
+        | ({} if "alternatives" not in tensors else {"alternatives": len(tensors["alternatives"])})
+        | ({} if training is None else {"training_texts": training.n_texts, "training_tokens": training.n_tokens}),
         "summary": description.summary,
     }
     table = pa.table(
@@ -163,6 +180,8 @@ def write(folder: Path, contents: Contents, description: Description) -> str:
     try:
         temporary.mkdir()
         save_file(tensors, temporary / BATCHES, metadata={"format": "pt"})
+        if training is not None:
+            save_file(training.tensors(), temporary / TRAINING_TEXT)
         pq.write_table(table, temporary / ANNOTATIONS, compression="zstd")
         text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
         (temporary / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
@@ -200,6 +219,14 @@ def _check(contents: Contents, annotations: Annotations, description: Descriptio
         where,
         labels=None if description.labels_shifted else labels,
     )
+    if contents.alternatives is not None:
+        own = None if description.labels_shifted else labels
+        validate.check_alternatives(contents.alternatives, ids, mask, own, where)
+    if contents.training_text is not None and description.objective != "causal_lm":
+        raise EvaluationSetError(
+            f"{where}: a training text can be compared with a set of the objective causal_lm only; this one is "
+            f"{description.objective}."
+        )
 
 
 def _already_there(folder: Path, content_hash: str) -> bool:

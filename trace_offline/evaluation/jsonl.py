@@ -8,6 +8,10 @@ null = unlabelled, ``roles`` is called ``role`` and ``lemmas`` ``lemma`` (left o
 Both: ``"labels": {"topic": "sport"}`` labels the whole text (the span of all its characters, so that with the default
 alignment its last sub-word carries the label). A plain field such as ``"frame": "motion"`` is a label of the whole text
 when asked for as a task.
+
+A form to compare a word with, such as the wrong number of a verb: a list ``"alternatives": [null, "walks", …]`` beside
+``words``, or ``"alternative": "walks"`` in a span. Records with ``clauses`` (those of ``trace_offline.corpus``) give
+``agreement``, ``attractors`` and their alternatives when one of these tasks is asked for.
 """
 
 from __future__ import annotations
@@ -18,10 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from trace_offline.core.errors import EvaluationSetError, nearest
-from trace_offline.evaluation.document import CharSpan, Document, document_from_words, read_text, whole_span
+from trace_offline.evaluation import agreement
+from trace_offline.evaluation.document import (
+    CharAlternative,
+    CharSpan,
+    Document,
+    document_from_words,
+    read_text,
+    whole_span,
+)
 
 _ALIASES = {"roles": "role", "lemmas": "lemma"}
-_NOT_TASKS = frozenset({"words", "tokens", "text", "space_after", "spans", "labels"})
+_NOT_TASKS = frozenset({"words", "tokens", "text", "space_after", "spans", "labels", "alternatives"})
 _NOT_BY_DEFAULT = frozenset({"lemma"})
 
 
@@ -51,6 +63,8 @@ def documents_from_records(
     records: Sequence[tuple[str, dict[str, Any]]], tasks: Sequence[str] | None, source: str
 ) -> list[Document]:
     """``(where, record)`` pairs → documents; see ``read_jsonl``."""
+    if set(tasks or ()) & set(agreement.TASKS) and any("clauses" in record for _, record in records):
+        records = agreement.add_agreement(records)
     found: set[str] = set()
     scalars: set[str] = set()
     for where, record in records:
@@ -151,18 +165,44 @@ def _document(record: dict[str, Any], wanted: set[str], where: str) -> Document:
             whole[task] = label
     if words is not None:
         document = document_from_words(
-            words, per_word, where, space_after=record.get("space_after"), text=text, whole=whole
+            words,
+            per_word,
+            where,
+            space_after=record.get("space_after"),
+            text=text,
+            whole=whole,
+            alternatives=_alternatives(record, words, where),
         )
-        spans = list(document.spans)
+        spans, alternatives = list(document.spans), list(document.alternatives)
         text = document.text
     else:
         assert text is not None
+        alternatives = []
         spans = [whole_span(task, text, label) for task, label in whole.items()]
     for index, given in enumerate(record.get("spans", [])):
         span = _span(given, text, where, index)
         if span.task in wanted:
             spans.append(span)
-    return Document(text, where, tuple(spans))
+            if (form := given.get("alternative")) is not None:
+                alternatives.append(CharAlternative(span.start, span.end, _form(form, f"{where}, span {index}")))
+    return Document(text, where, tuple(spans), alternatives=tuple(alternatives))
+
+
+def _alternatives(record: dict[str, Any], words: list[str], where: str) -> list[str | None] | None:
+    given = record.get("alternatives")
+    if given is None:
+        return None
+    if not isinstance(given, list) or len(given) != len(words):
+        raise EvaluationSetError(
+            f'{where}: "alternatives" must have a form or null for each of the {len(words)} words; found {given!r:.80}.'
+        )
+    return [None if form is None else _form(form, where) for form in given]
+
+
+def _form(form: Any, where: str) -> str:
+    if not isinstance(form, str) or not form.strip() or form != form.strip():
+        raise EvaluationSetError(f"{where}: an alternative is a word, without spaces around it; found {form!r:.80}.")
+    return form
 
 
 def _span(given: dict[str, Any], text: str, where: str, index: int) -> CharSpan:

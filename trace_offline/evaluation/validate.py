@@ -206,3 +206,54 @@ def check_spans_attended(
             f"{where}: the annotation of row {row[index]}, tokens {start[index]} to {end[index]}, covers padding or a "
             "special token; annotate only positions of real tokens."
         )
+
+
+class AlternativeTable(Protocol):
+    """Tokens that could stand in the place of others, ``[A]`` each."""
+
+    @property
+    def row(self) -> npt.NDArray[np.int64]:
+        """Row of the set."""
+
+    @property
+    def position(self) -> npt.NDArray[np.int64]:
+        """Token position."""
+
+    @property
+    def token(self) -> npt.NDArray[np.int64]:
+        """The other token."""
+
+
+def check_alternatives(
+    alternatives: AlternativeTable,
+    input_ids: npt.NDArray[np.int64],
+    attention_mask: Integers,
+    labels: npt.NDArray[np.int64] | None,
+    where: str,
+    first_row: int = 0,
+) -> None:
+    """Alternatives of the rows in this ``[B, T]`` slice stand at tokens, differ from them, and are one a place.
+
+    ``labels``: given when they belong to their own position; where there is one it is the token meant.
+    Raises EvaluationSetError naming the alternative.
+    """
+    row, position, token = alternatives.row - first_row, alternatives.position, alternatives.token
+    n, t = input_ids.shape
+
+    def refuse(bad: npt.NDArray[np.bool_], what: str) -> None:
+        if bad.any():
+            at = int(np.flatnonzero(bad)[0])
+            raise EvaluationSetError(
+                f"{where}: the alternative of row {row[at] + first_row}, position {position[at]} (token {token[at]}): "
+                f"{what}"
+            )
+
+    refuse((row < 0) | (row >= n) | (position < 0) | (position >= t), "there is no such place in the set.")
+    refuse(token < 0, "token ids are 0 or more.")
+    refuse(attention_mask[row, position] == 0, "the place is padding.")
+    there = input_ids if labels is None else np.where(labels == IGNORED, input_ids, labels)
+    refuse(token == there[row, position], "it is the token that is there already.")
+    places = row * t + position
+    repeated = np.zeros(len(places), bool)
+    repeated[1:] = places[1:] == places[:-1]
+    refuse(repeated, "this place has another alternative; keep one.")

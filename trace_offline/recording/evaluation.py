@@ -13,7 +13,8 @@ import numpy.typing as npt
 from trace_offline.core.errors import EvaluationSetError
 from trace_offline.evaluation import format as form
 from trace_offline.evaluation import validate
-from trace_offline.evaluation.annotations import Annotations
+from trace_offline.evaluation.annotations import Alternatives, Annotations
+from trace_offline.evaluation.training_text import TrainingText, compare
 
 
 def save_evaluation_set(
@@ -34,6 +35,9 @@ def save_evaluation_set(
     licence: str = "",
     alignment: str = "last",
     multi_label: Sequence[str] = (),
+    alternatives: Iterable[tuple[int, int, int]] | None = None,
+    training_ids: Any = None,
+    training_mask: Any = None,
 ) -> Path:
     """Write fixed evaluation batches next to the checkpoints; call once, before or after training.
 
@@ -47,6 +51,11 @@ def save_evaluation_set(
     ``split [N]``: 0 = fit probes on this row, 1 = score on it. ``group [N]``: rows that belong together.
     ``alignment``: which sub-word of an annotation carries the label: ``last``, ``first`` or ``mean``.
     ``multi_label``: tasks in which the same tokens may carry several labels.
+    ``alternatives``: ``(row, position, token)``: a token that could stand in the place of the one that is there, such
+    as the wrong form of a verb.
+    ``training_ids``: rows of the training text (of any lengths, with the special tokens that rows of ``input_ids``
+    have), and ``training_mask`` when they are padded. Their n-gram counts are kept as far as the rows of the set need
+    them, and which rows occur among them; the text itself is not.
 
     Calling again with the same content does nothing. Raises EvaluationSetError for content that does not hold together
     or when the folder holds a different set.
@@ -73,6 +82,10 @@ def save_evaluation_set(
         labels=None if labels is None else _like(labels, ids, "labels", where, validate.IGNORED),
         group=None if group is None else _vector(group, "group", where),
         split=None if split is None else _vector(split, "split", where).astype(np.int8),
+        alternatives=None if alternatives is None else _alternatives(alternatives, where),
+        training_text=None
+        if training_ids is None
+        else _training(padded_ids, mask, special, training_ids, training_mask, tokenizer, where),
     )
     description = form.Description(
         objective=objective,
@@ -181,6 +194,41 @@ def _annotations(given: Iterable[tuple[int, str, int, int, str]], where: str) ->
                 f"numbers for row, start and end; found {annotation!r:.120}."
             ) from error
     return Annotations.from_tuples(rows)
+
+
+def _alternatives(given: Iterable[tuple[int, int, int]], where: str) -> Alternatives:
+    rows = []
+    for index, alternative in enumerate(given):
+        try:
+            row, position, token = (operator.index(number) for number in alternative)
+        except (TypeError, ValueError) as error:
+            raise EvaluationSetError(
+                f"{where}: alternative {index}: expected (row, position, token) as whole numbers; found "
+                f"{alternative!r:.120}."
+            ) from error
+        rows.append((row, position, token))
+    return Alternatives.from_tuples(rows)
+
+
+def _training(
+    ids: npt.NDArray[np.int64],
+    mask: npt.NDArray[np.int64],
+    special: Sequence[int],
+    training_ids: Any,
+    training_mask: Any,
+    tokenizer: Any,
+    where: str,
+) -> TrainingText:
+    rows, given = _rows(training_ids, "training_ids", where)
+    if training_mask is None:
+        _refuse_hidden_padding(_padded(rows, 0), given, tokenizer, where)
+        kept = given
+    else:
+        kept = given * _like(training_mask, rows, "training_mask", where, 0)
+    texts = [row[kept[index, : len(row)].astype(bool)] for index, row in enumerate(rows)]
+    if any((text < 0).any() for text in texts):
+        raise EvaluationSetError(f"{where}: training_ids holds a token id below 0; leave padding out.")
+    return compare(ids, mask, special, texts)
 
 
 def _special_tokens(tokenizer: Any) -> list[int]:
