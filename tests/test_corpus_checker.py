@@ -35,7 +35,11 @@ OTHERS = [
     CorpusParams(complexity=(1.0, 0.0, 0.0), plural=1.0, alpha=0.0),
     CorpusParams(lexicon=LexiconParams(nouns=90, verbs_per_frame=6, homographs=1.0), lexicon_seed=2, alpha=0.0),
     CorpusParams(lexicon=LexiconParams(nouns=4000, verbs_per_frame=40, adjectives=300, adverbs=100), attractors=0.9),
+    CorpusParams(agreement=False, complexity=(0.2, 0.2, 0.6)),
+    CorpusParams(noun_adjective=0.5, verb_noun=0.7, verb_adverb=0.3, entropy=5.0),
+    CorpusParams(frames=(("go", 1.0), ("fear", 2.0), ("give", 1.0))),
 ]
+NAMES = ["seed", "rich", "simple", "homographs", "large", "no_agreement", "collocated", "frames"]
 
 
 def read(text: str, **options: bool) -> Parse:
@@ -139,7 +143,7 @@ def test_every_sentence_is_read_as_it_was_made(corpus: list[AnnotatedSentence]) 
         assert found.clauses == sentence.clauses
 
 
-@pytest.mark.parametrize("params", OTHERS, ids=["seed", "rich", "simple", "homographs", "large"])
+@pytest.mark.parametrize("params", OTHERS, ids=NAMES)
 def test_no_error_in_corpora_of_other_parameters(params: CorpusParams) -> None:
     readings = readings_for(params)
     for sentence in islice(generate(1, params), 5_000):
@@ -149,7 +153,7 @@ def test_no_error_in_corpora_of_other_parameters(params: CorpusParams) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("params", OTHERS, ids=["seed", "rich", "simple", "homographs", "large"])
+@pytest.mark.parametrize("params", OTHERS, ids=NAMES)
 def test_no_error_in_25000_sentences_of_other_parameters(params: CorpusParams) -> None:
     readings = readings_for(params)
     assert all(check(sentence.words, readings).well_formed for sentence in islice(generate(2, params), 25_000))
@@ -312,6 +316,19 @@ def test_words_that_were_cut_off_are_unfinished_and_nothing_else(corpus: list[An
         "broken_agreement",
         "unfinished",
     }
+
+
+def test_without_agreement_no_word_shows_number() -> None:
+    readings = readings_for(CorpusParams(agreement=False))
+    assert check(f"the {NOUN} {STRIKE[:-1]} a {NOUN}".split(), readings).well_formed
+    for text in (
+        f"the {NOUNS} {STRIKE[:-1]} a {NOUN}",
+        f"these {NOUN} {STRIKE[:-1]} a {NOUN}",
+        f"a {NOUN} are {STRUCK}",
+    ):
+        assert "unknown_word" in check(text.split(), readings).kinds
+    for sentence in islice(generate(3, CorpusParams(agreement=False)), 500):
+        assert set(sentence.words) <= readings.keys()
 
 
 def test_any_words_can_be_read() -> None:

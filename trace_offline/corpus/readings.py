@@ -29,37 +29,36 @@ Readings = Mapping[str, Mapping[str, Reading]]
 
 
 def readings_of(lexicon: Lexicon, agreement: bool = True) -> Readings:
-    """Every reading of every form of the lexicon. ``agreement=False``: words show no number."""
+    """Every reading of every form of the lexicon.
 
-    def number(plural: bool) -> bool | None:
-        return plural if agreement else None
-
+    ``agreement=False``: words show no number, and the forms that would show the plural are no words.
+    """
+    numbers = (False, True) if agreement else (None,)
     found: dict[str, dict[str, Reading]] = defaultdict(dict)
 
     def add(word: str, reading: Reading) -> None:
         found[word].setdefault(reading.kind, reading)
 
     both = set(SINGULAR_DETERMINERS) & set(PLURAL_DETERMINERS)
-    for plural, determiners in ((False, SINGULAR_DETERMINERS), (True, PLURAL_DETERMINERS)):
-        for word in determiners:
-            add(word, Reading("DET", None if word in both else number(plural)))
+    for number in numbers:
+        for word in PLURAL_DETERMINERS if number else SINGULAR_DETERMINERS:
+            add(word, Reading("DET", None if word in both else number))
+        add("are" if number else "is", Reading("AUX", number))
     for word in (*PREPOSITIONS, *MODIFIER_PREPOSITIONS):
         add(word, Reading("ADP"))
     for word, kind in (("that", "PRON"), ("and", "CCONJ"), ("while", "SCONJ")):
         add(word, Reading(kind))
-    add("is", Reading("AUX", number(False)))
-    add("are", Reading("AUX", number(True)))
     for word in lexicon.adjectives:
         add(word, Reading("ADJ"))
     for word in lexicon.adverbs:
         add(word, Reading("ADV"))
     for stem in lexicon.nouns:
-        add(stem, Reading("NOUN", number(False)))
-        add(inflect(stem), Reading("NOUN", number(True)))
+        for number in numbers:
+            add(inflect(stem) if number else stem, Reading("NOUN", number))
     for name, stems in lexicon.verbs.items():
         for stem in stems:
-            add(stem, Reading("VERB", number(True), name))
-            add(inflect(stem), Reading("VERB", number(False), name))
+            for number in numbers:
+                add(inflect(stem) if number is False else stem, Reading("VERB", number, name))
             # Frames without a passive have no participle; a form made like one is still that verb's.
             if FRAMES[name].passive or participle(stem) not in found:
                 add(participle(stem), Reading("PART", None, name))
@@ -68,4 +67,4 @@ def readings_of(lexicon: Lexicon, agreement: bool = True) -> Readings:
 
 def readings_for(params: CorpusParams) -> Readings:
     """Every reading of every word form of a corpus made with ``params``."""
-    return readings_of(build_lexicon(params.lexicon, seed=params.lexicon_seed))
+    return readings_of(build_lexicon(params.lexicon, seed=params.lexicon_seed), params.agreement)
