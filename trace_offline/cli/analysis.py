@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,8 +15,11 @@ from trace_offline.core.steps import parse_steps
 
 if TYPE_CHECKING:
     from trace_offline.engine.analyze import Summary
+    from trace_offline.engine.interrupt import StopRequest
 
 _SHOWN_PROBLEMS = 12
+_SLOW_SECONDS = 10.0
+_INTERRUPTED = "Interrupted. What was finished is stored; the same command goes on from there."
 
 
 def run_analyze(given: Mapping[str, Any], assignments: list[str], config: Path | None, *, as_json: bool) -> int:
@@ -27,14 +29,16 @@ def run_analyze(given: Mapping[str, Any], assignments: list[str], config: Path |
         if name not in merged:
             raise UsageError(f"analyze needs {option}. See: trace-offline analyze --help")
     from trace_offline.engine.analyze import analyze
-    from trace_offline.engine.options import AnalyzeOptions
+    from trace_offline.engine.options import AnalyzeOptions, Shard
     from trace_offline.engine.progress import default_progress
 
     if "steps" in merged:
         merged["steps"] = parse_steps(merged["steps"])
     merged["analyzers"] = tuple(merged.get("analyzers", ()))
-    with interruptible():
-        summary = analyze(AnalyzeOptions(**merged, params=params), default_progress())
+    if "shard" in merged:
+        merged["shard"] = Shard.parse(merged["shard"])
+    with ending_well() as stop:
+        summary = analyze(AnalyzeOptions(**merged, params=params), default_progress(), stop)
     return finish([summary], as_json=as_json)
 
 
@@ -50,26 +54,23 @@ def run_rerun(
     from trace_offline.engine.rerun import rerun
 
     chosen = parse_steps(steps) if steps else None
-    with interruptible():
-        summaries = rerun(store, analyzer, params, steps=chosen, progress=default_progress(), **options)
+    with ending_well() as stop:
+        summaries = rerun(store, analyzer, params, steps=chosen, progress=default_progress(), stop=stop, **options)
     return finish(summaries, as_json=as_json)
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
+def ending_well() -> Iterator[StopRequest]:
     """Ctrl-C and SIGTERM end a run with one message and exit code 130; what was finished is stored."""
+    from trace_offline.engine.interrupt import StopRequest, interruptible
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
+    stop = StopRequest()
     try:
-        yield
+        with interruptible(stop):
+            yield stop
     except KeyboardInterrupt:
-        print("Interrupted. What was finished is stored; the same command goes on from there.", file=sys.stderr)
+        print(_INTERRUPTED, file=sys.stderr)
         raise SystemExit(130) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def finish(summaries: list[Summary], *, as_json: bool) -> int:
@@ -91,12 +92,13 @@ def _plain(summary: Summary) -> dict[str, Any]:
 def _lines(summary: Summary) -> list[str]:
     lines = [f"warning: {text}" for text in summary.warnings]
     lines += [f"set aside: {text}" for text in summary.set_aside]
+    lines += [f"removed by the training before it could be read: {text}" for text in summary.removed]
     shown = summary.problems[:_SHOWN_PROBLEMS]
     lines += shown
     if len(summary.problems) > len(shown):
         lines.append(f"… and {len(summary.problems) - len(shown)} more; see: trace-offline status {summary.store}")
     done = summary.ok + summary.not_applicable + summary.failed + summary.crashed
-    if done == 0 and not summary.problems:
+    if done == 0 and not summary.problems and not summary.interrupted:
         lines.append(
             f"{summary.run}: nothing to do: all {summary.already_done + summary.shared} analyses of "
             f"{summary.checkpoints} checkpoints are already in {summary.store}."
@@ -116,4 +118,11 @@ def _lines(summary: Summary) -> list[str]:
         f"{summary.run}: {', '.join(parts)}; {summary.checkpoints} checkpoints in {summary.seconds:.1f} s "
         f"→ {summary.store}"
     )
+    slow = [
+        f"{name} {analyzer} {seconds:.0f} s" for name, analyzer, seconds in summary.slowest if seconds >= _SLOW_SECONDS
+    ]
+    if slow:
+        lines.append(f"slowest: {', '.join(slow)}")
+    if summary.interrupted:
+        lines.append(_INTERRUPTED)
     return lines

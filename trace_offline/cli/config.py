@@ -39,6 +39,10 @@ class RunConfig(BaseModel):
     trust_remote_code: bool | None = None
     force: bool | None = None
     heldout_set: Path | None = None
+    executor: str | None = None
+    timeout: float | None = None
+    scheduler: str | None = None
+    shard: str | None = None
     analyzer: dict[str, dict[str, Any]] = {}
 
 

@@ -37,7 +37,7 @@ def find_data(given: Path | None) -> Path:
 
 def run_demo(store: Path, data: Path | None, jobs: int | None) -> int:
     """Analyze the shipped series, print a table of its history; the exit code."""
-    from trace_offline.cli.analysis import finish, interruptible
+    from trace_offline.cli.analysis import ending_well, finish
     from trace_offline.engine.analyze import analyze
     from trace_offline.engine.options import AnalyzeOptions
     from trace_offline.engine.progress import default_progress
@@ -46,8 +46,8 @@ def run_demo(store: Path, data: Path | None, jobs: int | None) -> int:
 
     folder = find_data(data)
     options = AnalyzeOptions(str(folder / SERIES), folder / EVALUATION, store, device="cpu", jobs=jobs)
-    with interruptible():
-        summary = analyze(options, default_progress())
+    with ending_well() as stop:
+        summary = analyze(options, default_progress(), stop)
     code = finish([summary], as_json=False)
     sys.stdout.write(render(Store.open(store).sql(HISTORY), "table").decode())
     print(

@@ -59,6 +59,18 @@ def analyze(
     revisions: Annotated[str | None, typer.Option(help="Revisions of a hub repository, e.g. 'step*'.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Worker processes. Default: what cores and memory allow.")] = None,
+    executor: Annotated[
+        str | None, typer.Option(help="inline, joblib or dask. Default: joblib, or inline for one job.")
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Give up an analysis that takes longer; the rest goes on.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="The Dask scheduler, for --executor dask.")
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="i/n", help="Only every n-th checkpoint from the i-th; see merge.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float64, bfloat16 or float16.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random choice; the same for all steps.")] = None,
     model_factory: Annotated[
@@ -80,7 +92,8 @@ def analyze(
         "analyzers": analyzer, "run": run,
         "steps": steps, "revisions": revisions, "device": device, "jobs": jobs, "dtype": dtype, "seed": seed,
         "model_factory": model_factory, "blocks": blocks, "tokenizer": tokenizer,
-        "trust_remote_code": trust_remote_code or None, "force": force or None,
+        "trust_remote_code": trust_remote_code or None, "force": force or None, "executor": executor,
+        "timeout": timeout, "scheduler": scheduler, "shard": shard,
     }  # fmt: skip
     raise typer.Exit(run_analyze(given, set_ or [], config, as_json=as_json))
 
@@ -100,6 +113,15 @@ def rerun(
     heldout_set: Annotated[Path | None, typer.Option(help="Where the held-out set is now, or another one.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Worker processes.")] = None,
+    executor: Annotated[
+        str | None, typer.Option(help="inline, joblib or dask. Default: joblib, or inline for one job.")
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Give up an analysis that takes longer; the rest goes on.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="The Dask scheduler, for --executor dask.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Compute again what the store already has.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
@@ -109,7 +131,8 @@ def rerun(
     raise typer.Exit(
         run_rerun(
             store, analyzer, set_ or [], steps=steps, run=run, source=source, evaluation_set=evaluation_set,
-            heldout_set=heldout_set, device=device, jobs=jobs, force=force, as_json=as_json,
+            heldout_set=heldout_set, device=device, jobs=jobs, force=force, as_json=as_json, executor=executor,
+            timeout=timeout, scheduler=scheduler,
         )
     )  # fmt: skip
 

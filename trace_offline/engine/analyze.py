@@ -13,9 +13,11 @@ from trace_offline.analyzers.registry import registry
 from trace_offline.checkpoints.discover import discover, select
 from trace_offline.core.errors import CheckpointError, UsageError
 from trace_offline.core.types import Checkpoint
-from trace_offline.engine.execution import Execution, Summary, duplicate_warnings
+from trace_offline.engine.board import Board
+from trace_offline.engine.execution import Execution, Summary, Workforce, duplicate_warnings
 from trace_offline.engine.fingerprints import known_fingerprints, with_fingerprints
 from trace_offline.engine.heldout import check_used, load_heldout, with_heldout
+from trace_offline.engine.interrupt import StopRequest
 from trace_offline.engine.options import AnalyzeOptions, choose_jobs, factory_digest
 from trace_offline.engine.plan import Planner, default_run_name, resolve_analyzers, short_names
 from trace_offline.engine.progress import Progress, Silent
@@ -28,11 +30,12 @@ from trace_offline.store.writer import Writer
 __all__ = ["AnalyzeOptions", "Summary", "analyze"]
 
 
-def analyze(options: AnalyzeOptions, progress: Progress | None = None) -> Summary:
+def analyze(options: AnalyzeOptions, progress: Progress | None = None, stop: StopRequest | None = None) -> Summary:
     """Bring the store up to date with the source. Doing it twice is a no-op.
 
     Raises TraceOfflineError (UsageError, CheckpointError, EvaluationSetError, StoreError) for input that cannot be
-    used; what fails on single checkpoints is recorded in the store and counted in the summary.
+    used; what fails on single checkpoints is recorded in the store and counted in the summary. ``stop``: once
+    requested, units under way are finished and nothing new is begun.
     """
     started = time.monotonic()
     progress = progress or Silent()
@@ -66,6 +69,7 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None) -> Summar
         factory_digest=factory_digest(options.model_factory),
         heldout_set=None if heldout is None else str(Path(heldout.folder).absolute()),
         heldout_hash=None if heldout is None else heldout.hash,
+        board=None if options.executor == "dask" else str(Board.of(Path(options.store).absolute()).folder),
     )
     if not Path(options.store).exists():
         _check_fit(needed, settings, evaluation, heldout)  # before anything is made
@@ -79,6 +83,8 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None) -> Summar
         planner = Planner(run, single, settings, done, options.force, stamps)
         series = SeriesPlan(run, comparing, settings, writer.path.with_suffix(".extracts"), done, options.force)
         chosen = _selected(needed, options)
+        if options.shard is not None:
+            chosen, needed = (items[options.shard.index - 1 :: options.shard.count] for items in (chosen, needed))
         if series.pending(needed) or any(planner.missing(item) for item in chosen):
             _check_fit(needed, settings, evaluation, heldout)
 
@@ -101,7 +107,22 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None) -> Summar
         def register(item: Checkpoint) -> None:
             writer.register_checkpoints(run, short_names(options.source, [item]))
 
-        Execution(planner, series, writer, summary, jobs, progress, register).run(chosen, needed)
+        if options.shard is not None and comparing:
+            summary.warnings.append(
+                f"{', '.join(item.name for item in comparing)} compare the whole series: this shard only extracts. "
+                "Merge the shards, then run the same command without --shard on the merged store."
+            )
+        workers = Workforce(
+            options.executor or ("inline" if jobs == 1 and options.timeout is None else "joblib"),
+            jobs,
+            Board.of(writer.path),
+            options.timeout,
+            options.scheduler,
+        )
+        Execution(
+            planner, series, writer, summary, workers, progress, register, stop or StopRequest(),
+            compare=options.shard is None, rotating=options.rotating,
+        ).run(chosen, needed)  # fmt: skip
     summary.seconds = time.monotonic() - started
     return summary
 

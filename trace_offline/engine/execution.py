@@ -3,27 +3,60 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
+import os
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trace_offline.core.types import AnalysisStatus, Checkpoint, Outcome
-from trace_offline.engine.executors import run_inline, run_joblib
+from trace_offline.engine.board import Board
+from trace_offline.engine.costs import Costs, earlier
+from trace_offline.engine.executors import Finished, run_inline, run_joblib
 from trace_offline.engine.fingerprints import hub_entry, remember
+from trace_offline.engine.interrupt import StopRequest
 from trace_offline.engine.plan import Planner
 from trace_offline.engine.progress import Progress, name_of
 from trace_offline.engine.remote import fetched
 from trace_offline.engine.series import SeriesPlan
-from trace_offline.engine.unit import Unit, Wanted
+from trace_offline.engine.unit import AnalysisRequest, Unit, Wanted
 from trace_offline.engine.worker import run_unit
 from trace_offline.store.writer import Writer
+
+_SLOWEST = 5
+_DONE = ("ok", "not_applicable")
+
+
+@dataclass(frozen=True)
+class Workforce:
+    """Who does the work. ``executor``: inline, joblib or dask; ``timeout``: seconds that one task may take."""
+
+    executor: str
+    jobs: int
+    board: Board
+    timeout: float | None = None
+    scheduler: str | None = None
+
+    def run(self, units: Iterator[Unit], body: Callable[[Unit], list[Outcome]]) -> Iterator[Finished]:
+        """Units as they finish."""
+        if self.executor == "inline":
+            return run_inline(units, body)
+        if self.executor == "dask":
+            from trace_offline.engine.cluster import run_dask
+
+            return run_dask(units, body, self.scheduler, self.timeout)
+        return run_joblib(units, body, self.jobs, self.board, self.timeout)
 
 
 @dataclass
 class Summary:
-    """How a run ended; counts are analyses, one for each checkpoint and analyzer."""
+    """How a run ended; counts are analyses, one for each checkpoint and analyzer.
+
+    ``slowest``: (checkpoint, analyzer, seconds), the most expensive first. ``removed``: checkpoints that the training
+    deleted before they were read. ``interrupted``: the user asked it to end early.
+    """
 
     run: str
     store: Path
@@ -35,17 +68,25 @@ class Summary:
     already_done: int = 0
     shared: int = 0
     seconds: float = 0.0
+    interrupted: bool = False
+    removed: list[str] = field(default_factory=list)
+    slowest: list[tuple[str, str, float]] = field(default_factory=list)
     set_aside: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:
-        """0 all good, 1 some analyses failed."""
+        """0 all good, 1 some analyses failed, 130 ended early by the user."""
+        if self.interrupted:
+            return 130
         return 1 if self.failed or self.crashed else 0
 
     def count(self, checkpoint: Checkpoint, analyzer: str, outcome: Outcome) -> None:
         """Add one analysis."""
+        self.slowest = sorted(
+            [*self.slowest, (name_of(checkpoint), analyzer, outcome.seconds)], key=lambda item: -item[2]
+        )[:_SLOWEST]
         if outcome.status is AnalysisStatus.OK:
             self.ok += 1
         elif outcome.status is AnalysisStatus.NOT_APPLICABLE:
@@ -60,18 +101,27 @@ class Summary:
 
 @dataclass
 class Execution:
-    """One run of what is missing. ``register``: stores a checkpoint whose fingerprint became known on the way."""
+    """One run of what is missing. ``register``: stores a checkpoint whose fingerprint became known on the way.
+
+    ``compare`` False: extract only (a shard of a series cannot be compared). ``rotating``: the training deletes old
+    checkpoints, so one that is gone before it was read is no failure.
+    """
 
     planner: Planner
     series: SeriesPlan
     writer: Writer
     summary: Summary
-    jobs: int
+    workers: Workforce
     progress: Progress
     register: Callable[[Checkpoint], None]
+    stop: StopRequest = field(default_factory=StopRequest)
+    compare: bool = True
+    rotating: bool = False
+    costs: Costs = field(default_factory=lambda: Costs(1, Counter()))
     _names: dict[str, str] = field(default_factory=dict)
     _identities: dict[str, dict[str, Any]] = field(default_factory=dict)
     _arrived: deque[Checkpoint] = field(default_factory=deque)
+    _started: float = field(default_factory=time.time)
 
     def run(self, chosen: list[Checkpoint], whole: list[Checkpoint]) -> None:
         """Measure ``chosen`` and compare ``whole`` (the series, in order of training), as far as it is missing."""
@@ -85,6 +135,7 @@ class Execution:
         def unit_of(item: Checkpoint, *, measure: bool) -> Unit | None:
             return planner.unit(item, series.extract_requests(item, pending), measure=measure)
 
+        self._recover()
         units = [
             unit
             for item in whole
@@ -103,14 +154,43 @@ class Execution:
             return
         self.progress.start(todo, len(whole) if pending else len(units) + len(remote))
         final = {id(item): item for item in whole}
+        self._expect(units, remote, pending, len(whole))
+        board = self.workers.board
         try:
+            board.open()
+            self.stop.armed = True
             self._measure(units, remote, final, lambda item, asked: unit_of(item, measure=asked in places), pending)
             known = [final[id(item)] for item in whole]
             for wanted in pending:
-                self._compare(wanted, known)
+                if self.compare and not self.stop.requested:
+                    self._compare(wanted, known)
             self.summary.warnings += [text for text in duplicate_warnings(known) if text not in self.summary.warnings]
         finally:
+            self.stop.armed = False
+            self.summary.interrupted = self.stop.requested
             self.progress.stop()
+            board.clear()
+
+    def _recover(self) -> None:
+        """Store what an earlier run finished but was killed before it could store."""
+        if self.planner.force:
+            return
+        for outcome in self.workers.board.all_kept():
+            identity = self._identities.get(outcome.analysis_id)
+            good = outcome.status in (AnalysisStatus.OK, AnalysisStatus.NOT_APPLICABLE)
+            if identity is not None and good and self.planner.done.get(outcome.analysis_id) not in _DONE:
+                self.writer.record(outcome, identity)
+                self.planner.done[outcome.analysis_id] = outcome.status.value
+
+    def _expect(self, units: list[Unit], remote: list[Checkpoint], pending: tuple[Wanted, ...], length: int) -> None:
+        left = Counter(_cost_name(request) for unit in units for request in unit.requests)
+        for item in self.planner.wanted:
+            left[item.name] += len(remote)
+        if self.compare:
+            for item in pending:
+                left[item.name] += length
+        rows = self.writer.read("select analyzer, median(seconds) from analyses where status = 'ok' group by analyzer")
+        self.costs = Costs(self.workers.jobs, left, earlier(rows))
 
     def _count_done(
         self, chosen: list[Checkpoint], whole: list[Checkpoint], pending: tuple[Wanted, ...], units: list[Unit]
@@ -139,8 +219,13 @@ class Execution:
         gone: list[tuple[Checkpoint, str]] = []
 
         def all_units() -> Iterator[Unit]:
-            yield from units
+            for local in units:
+                if self.stop.requested:
+                    return
+                yield local
             for item in fetched(remote, lambda item, reason: gone.append((item, reason))):
+                if self.stop.requested:
+                    return
                 final[asked[item.location]] = item
                 self._note(item)
                 self._arrived.append(item)
@@ -148,8 +233,7 @@ class Execution:
                 if unit is not None:
                     yield unit
 
-        stream = run_inline(all_units(), run_unit) if self.jobs == 1 else run_joblib(all_units(), run_unit, self.jobs)
-        for unit, outcomes in stream:
+        for unit, outcomes in self.workers.run(all_units(), run_unit):
             self._welcome()
             self._store(unit, outcomes)
         self._welcome()
@@ -170,26 +254,59 @@ class Execution:
         checkpoint = unit.checkpoint
         requests = {request.analysis_id: request for request in unit.requests}
         names = dict(self._names)
+        if self.rotating and _lost(outcomes) and _is_gone(checkpoint):
+            self.summary.removed.append(name_of(checkpoint))
+            self.writer.unplan(requests)
+            self.progress.note(f"{name_of(checkpoint)} was removed by the training before it could be read")
+            return
         for outcome in outcomes:
             request = requests[outcome.analysis_id]
+            self.costs.observe(_cost_name(request), outcome.seconds)
             if request.extract_to is not None:
                 self.series.extracted(request, outcome)
                 names[outcome.analysis_id] = f"{request.analyzer} (extract)"
                 continue
             self.writer.record(outcome, self._identities[outcome.analysis_id])
             self.summary.count(checkpoint, request.analyzer, outcome)
-        self.progress.finished(checkpoint, outcomes, names)
+        self.workers.board.forget(requests)
+        self._tell(checkpoint, outcomes, names)
+
+    def _tell(self, checkpoint: Checkpoint, outcomes: list[Outcome], names: dict[str, str]) -> None:
+        left = self.costs.seconds_left()
+        self.progress.finished(checkpoint, outcomes, names, left)
+        summary = self.summary
+        self.workers.board.progress(
+            run=summary.run,
+            done=summary.ok + summary.not_applicable,
+            failed=summary.failed + summary.crashed,
+            left=sum(max(0, count) for count in self.costs.left.values()),
+            seconds_left=left,
+            started=self._started,
+        )
 
     def _compare(self, item: Wanted, series: list[Checkpoint]) -> None:
         """One comparison over the checkpoints that could be had."""
         there = [checkpoint for checkpoint in series if checkpoint.fingerprint is not None]
         rows = self.series.identities(item, there)
         self.writer.plan(rows)
-        outcomes = self.series.compare(item, there, self.jobs)
+        outcomes = self.series.compare(item, there, self.workers.jobs)
         for checkpoint, row, outcome in zip(there, rows, outcomes, strict=True):
             self.writer.record(outcome, row)
             self.summary.count(checkpoint, item.name, outcome)
-            self.progress.finished(checkpoint, [outcome], {outcome.analysis_id: item.name})
+            self.costs.observe(item.name, outcome.seconds)
+            self._tell(checkpoint, [outcome], {outcome.analysis_id: item.name})
+
+
+def _cost_name(request: AnalysisRequest) -> str:
+    return request.analyzer if request.extract_to is None else f"{request.analyzer} (extract)"
+
+
+def _lost(outcomes: list[Outcome]) -> bool:
+    return any(outcome.status in (AnalysisStatus.FAILED, AnalysisStatus.CRASHED) for outcome in outcomes)
+
+
+def _is_gone(checkpoint: Checkpoint) -> bool:
+    return any(not os.path.exists(name) for name in checkpoint.weight_files)
 
 
 def duplicate_warnings(chosen: list[Checkpoint]) -> list[str]:

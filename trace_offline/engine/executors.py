@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from trace_offline.core.types import AnalysisStatus, Outcome
-from trace_offline.engine.unit import Unit
+from trace_offline.engine.board import Board
+from trace_offline.engine.unit import AnalysisRequest, Unit
+from trace_offline.engine.watchdog import Watchdog
 
 Finished = tuple[Unit, list[Outcome]]
 Body = Callable[[Unit], list[Outcome]]
 T = TypeVar("T")
+
+_OUT_OF_MEMORY = (
+    "Out of memory is the usual cause: try a smaller evaluation set, --jobs 1, or smaller parameters of this analyzer."
+)
 
 
 def run_inline(units: Iterable[Unit], body: Body) -> Iterator[Finished]:
@@ -25,33 +34,92 @@ def run_inline(units: Iterable[Unit], body: Body) -> Iterator[Finished]:
         yield unit, body(unit)
 
 
-def run_joblib(units: Iterable[Unit], body: Body, jobs: int) -> Iterator[Finished]:
+def run_joblib(
+    units: Iterable[Unit], body: Body, jobs: int, board: Board | None = None, timeout: float | None = None
+) -> Iterator[Finished]:
     """Units over ``jobs`` worker processes (joblib, loky), yielded as they finish.
 
-    When a worker dies joblib cannot say which task killed it and drops the pool. The units that were under way (at
-    most ``jobs`` + those waiting) are run again one analysis at a time, each alone; an analysis that kills its worker
-    again is recorded as crashed and everything else goes on.
+    When a worker dies joblib cannot say which task killed it and drops the pool. Of the units that were under way (at
+    most ``jobs``), what was finished is taken from the board, what was at stake runs again, each analysis alone, and
+    the rest goes back into the queue. An analysis that kills its worker again, or that takes longer than ``timeout``
+    seconds, is recorded as crashed and everything else goes on.
     """
-    source = iter(units)
-    under_way: dict[str, Unit] = {}
+    return _Pool(iter(units), body, jobs, board, timeout).run()
 
-    def tasks() -> Iterator[Any]:
+
+@dataclass
+class _Pool:
+    source: Iterator[Unit]
+    body: Body
+    jobs: int
+    board: Board | None
+    timeout: float | None
+    under_way: dict[str, Unit] = field(default_factory=dict)
+    again: deque[Unit] = field(default_factory=deque)
+
+    def run(self) -> Iterator[Finished]:
+        while True:
+            watchdog = Watchdog(self.board, self.timeout)
+            try:
+                with watchdog:
+                    for key, outcomes in _parallel(self._tasks(), self.jobs):
+                        yield self.under_way.pop(key), outcomes
+                return
+            except BrokenProcessPool:
+                suspects = list(self.under_way.values())
+                self.under_way.clear()
+            doing = {} if self.board is None else {item.unit: item.analyses for item in self.board.read()}
+            for unit in suspects:
+                yield from self._settle(unit, doing.get(unit.key), watchdog.hung)
+
+    def _tasks(self) -> Iterator[Any]:
         from joblib import delayed
 
-        for unit in source:
-            under_way[unit.key] = unit
-            yield delayed(_keyed)(body, unit)
+        while True:
+            unit = self.again.popleft() if self.again else next(self.source, None)
+            if unit is None:
+                return
+            self.under_way[unit.key] = unit
+            yield delayed(_keyed)(self.body, unit)
 
-    while True:
+    def _settle(self, unit: Unit, stake: tuple[str, ...] | None, hung: dict[str, str]) -> Iterator[Finished]:
+        """What becomes of a unit whose pool broke. ``stake``: what its worker was at; None when nobody knows."""
+        finished = [] if self.board is None else self.board.kept(item.analysis_id for item in unit.requests)
+        finished += [
+            Outcome(item.analysis_id, AnalysisStatus.CRASHED, f"{item.analyzer} {hung[item.analysis_id]}")
+            for item in unit.requests
+            if item.analysis_id in hung
+        ]
+        if finished:
+            yield unit, finished
+        over = {outcome.analysis_id for outcome in finished}
+        left = [item for item in unit.requests if item.analysis_id not in over]
+        suspects = [item for item in left if stake is None or item.analysis_id in stake]
+        for request in suspects:
+            yield unit, [self._alone(unit, request)]
+        rest = tuple(item for item in left if item not in suspects)
+        if rest:
+            self.again.append(dataclasses.replace(unit, requests=rest))
+
+    def _alone(self, unit: Unit, request: AnalysisRequest) -> Outcome:
+        from joblib import delayed
+
+        single = dataclasses.replace(unit, requests=(request,))
+        watchdog = Watchdog(self.board, self.timeout)
         try:
-            for key, outcomes in _parallel(tasks(), jobs):
-                yield under_way.pop(key), outcomes
-            return
-        except BrokenProcessPool:
-            suspects = list(under_way.values())
-            under_way.clear()
-        for unit in suspects:
-            yield unit, list(_alone(unit, body, jobs))
+            with watchdog:
+                ((_, (outcome,)),) = list(_parallel(iter([delayed(_keyed)(self.body, single)]), self.jobs))
+                return outcome
+        except BrokenProcessPool as error:
+            if request.analysis_id in watchdog.hung:
+                text = f"{request.analyzer} {watchdog.hung[request.analysis_id]}"
+            else:
+                reason = str(error).strip().splitlines()[-1] if str(error).strip() else "killed"
+                text = (
+                    f"The worker process died while {request.analyzer} ran alone on this checkpoint ({reason}). "
+                    f"{_OUT_OF_MEMORY}"
+                )
+            return Outcome(request.analysis_id, AnalysisStatus.CRASHED, text)
 
 
 def run_alone(body: Callable[[T], list[Outcome]], task: T, jobs: int) -> list[Outcome]:
@@ -78,7 +146,7 @@ def _parallel(tasks: Iterator[Any], jobs: int) -> Iterator[tuple[str, list[Outco
         return_as="generator_unordered",
         pre_dispatch=jobs,
         batch_size=1,
-        initializer=_end_with,
+        initializer=_belong_to,
         initargs=(os.getpid(),),
     )
     with warnings.catch_warnings():
@@ -87,8 +155,9 @@ def _parallel(tasks: Iterator[Any], jobs: int) -> Iterator[tuple[str, list[Outco
         yield from parallel(tasks)
 
 
-def _end_with(parent: int) -> None:
-    """A worker whose parent was killed must not go on computing beside the run that takes over."""
+def _belong_to(parent: int) -> None:
+    """In a worker: Ctrl-C is for the parent to handle, and nothing is computed for a parent that was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -101,22 +170,3 @@ def _end_with(parent: int) -> None:
 
 def _keyed(body: Body, unit: Unit) -> tuple[str, list[Outcome]]:
     return unit.key, body(unit)
-
-
-def _alone(unit: Unit, body: Body, jobs: int) -> Iterator[Outcome]:
-    from joblib import delayed
-
-    for request in unit.requests:
-        single = dataclasses.replace(unit, requests=(request,))
-        try:
-            for _, outcomes in _parallel(iter([delayed(_keyed)(body, single)]), jobs):
-                yield from outcomes
-        except BrokenProcessPool as error:
-            reason = str(error).strip().splitlines()[-1] if str(error).strip() else "killed"
-            yield Outcome(
-                request.analysis_id,
-                AnalysisStatus.CRASHED,
-                f"The worker process died while {request.analyzer} ran alone on this checkpoint "
-                f"({reason}). Out of memory is the usual cause: try a smaller evaluation set, --jobs 1, or smaller "
-                "parameters of this analyzer.",
-            )

@@ -14,11 +14,32 @@ from trace_offline.core.steps import StepSelection
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+EXECUTORS = ("inline", "joblib", "dask")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Every ``count``-th checkpoint, beginning with the ``index``-th (from 1)."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """``i/n`` with 1 ≤ i ≤ n. Raises UsageError for anything else."""
+        left, slash, right = text.partition("/")
+        if slash and left.strip().isdecimal() and right.strip().isdecimal() and 1 <= int(left) <= int(right):
+            return cls(int(left), int(right))
+        raise UsageError(f'--shard: expected i/n with i from 1 to n, such as 3/16; found "{text}".')
 
 
 @dataclass(frozen=True)
 class AnalyzeOptions:
-    """One `analyze`. ``params``: analyzer → parameter → value, only what differs from the defaults."""
+    """One `analyze`. ``params``: analyzer → parameter → value, only what differs from the defaults.
+
+    ``executor``: inline, joblib or dask; None chooses inline for one job without a timeout, else joblib.
+    ``rotating``: the training deletes old checkpoints; one that is gone before it was read is no failure.
+    """
 
     source: str
     evaluation_set: Path
@@ -38,6 +59,11 @@ class AnalyzeOptions:
     trust_remote_code: bool = False
     force: bool = False
     heldout_set: Path | None = None
+    executor: str | None = None
+    timeout: float | None = None
+    scheduler: str | None = None
+    shard: Shard | None = None
+    rotating: bool = False
 
     def check(self) -> None:
         """Raise UsageError for a value that cannot be used."""
@@ -64,6 +90,28 @@ class AnalyzeOptions:
             load_factory(self.model_factory)
         if self.jobs is not None and self.jobs < 1:
             raise UsageError(f"--jobs: expected 1 or more, found {self.jobs}.")
+        self._check_executor()
+
+    def _check_executor(self) -> None:
+        if self.executor is not None and self.executor not in EXECUTORS:
+            raise UsageError(
+                f'--executor: "{self.executor}" is not known.{nearest(self.executor, EXECUTORS)} '
+                f"There are: {', '.join(EXECUTORS)}."
+            )
+        if self.timeout is not None and not self.timeout > 0:
+            raise UsageError(f"--timeout: expected seconds above 0, found {self.timeout:g}.")
+        if self.executor == "inline" and self.timeout is not None:
+            raise UsageError(
+                "--executor inline cannot end an analysis that hangs, because it runs in the same process. Leave out "
+                "--timeout, or use --executor joblib."
+            )
+        if self.executor == "inline" and (self.jobs or 1) > 1:
+            raise UsageError(f"--executor inline is one process; --jobs {self.jobs} needs --executor joblib.")
+        if (self.executor == "dask") != (self.scheduler is not None):
+            raise UsageError(
+                "--executor dask and --scheduler ADDRESS go together, such as --executor dask --scheduler "
+                "tcp://10.0.0.1:8786."
+            )
 
     def stored(self) -> dict[str, Any]:
         """What ``rerun`` needs to repeat this run; goes into the ``runs`` table."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from datetime import timedelta
 from typing import Protocol
 
 from trace_offline.core.types import AnalysisStatus, Checkpoint, Outcome
@@ -18,8 +19,10 @@ class Progress(Protocol):
     def note(self, message: str) -> None:
         """Something the user should read now."""
 
-    def finished(self, checkpoint: Checkpoint, outcomes: list[Outcome], names: dict[str, str]) -> None:
-        """One checkpoint is stored; ``names``: analysis_id → analyzer."""
+    def finished(
+        self, checkpoint: Checkpoint, outcomes: list[Outcome], names: dict[str, str], left: float | None = None
+    ) -> None:
+        """One checkpoint is stored; ``names``: analysis_id → analyzer; ``left``: seconds, by what analyses cost."""
 
     def stop(self) -> None:
         """The run is over, in whatever way."""
@@ -48,7 +51,9 @@ class Silent:
     def note(self, message: str) -> None:
         """Nothing."""
 
-    def finished(self, checkpoint: Checkpoint, outcomes: list[Outcome], names: dict[str, str]) -> None:
+    def finished(
+        self, checkpoint: Checkpoint, outcomes: list[Outcome], names: dict[str, str], left: float | None = None
+    ) -> None:
         """Nothing."""
 
     def stop(self) -> None:
@@ -72,11 +77,14 @@ class Lines:
         """A line of its own."""
         print(message, file=sys.stderr, flush=True)
 
-    def finished(self, checkpoint: Checkpoint, outcomes: list[Outcome], names: dict[str, str]) -> None:
+    def finished(
+        self, checkpoint: Checkpoint, outcomes: list[Outcome], names: dict[str, str], left: float | None = None
+    ) -> None:
         """Count and report one checkpoint, with the time left at the rate so far."""
         self._done += len(outcomes)
         elapsed = time.monotonic() - self._started
-        left = elapsed / max(1, self._done) * max(0, self._total - self._done)
+        if left is None:
+            left = elapsed / max(1, self._done) * max(0, self._total - self._done)
         self.note(
             f"[{self._done}/{self._total}] {name_of(checkpoint)}: {summarise(outcomes, names)} "
             f"({elapsed:.0f} s, about {left:.0f} s left)"
@@ -91,7 +99,7 @@ class Bar:
 
     def __init__(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as RichProgress
 
         self._bar = RichProgress(
@@ -100,8 +108,7 @@ class Bar:
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
             console=Console(stderr=True),
         )
         self._started = 0.0
@@ -110,19 +117,25 @@ class Bar:
     def start(self, total: int, checkpoints: int) -> None:
         """Show the bar."""
         self._started = time.monotonic()
-        self._task = self._bar.add_task(f"analyzing {checkpoints} checkpoints", total=total, rate="")
+        self._task = self._bar.add_task(f"analyzing {checkpoints} checkpoints", total=total, rate="", left="")
         self._bar.start()
 
     def note(self, message: str) -> None:
         """A line above the bar."""
         self._bar.console.print(message, markup=False, highlight=False)
 
-    def finished(self, checkpoint: Checkpoint, outcomes: list[Outcome], names: dict[str, str]) -> None:
+    def finished(
+        self, checkpoint: Checkpoint, outcomes: list[Outcome], names: dict[str, str], left: float | None = None
+    ) -> None:
         """Advance; print what did not end well."""
         self._done += len(outcomes)
         rate = 60 * self._done / max(1e-9, time.monotonic() - self._started)
         self._bar.update(
-            self._task, advance=len(outcomes), rate=f"{rate:.0f}/min", description=f"{name_of(checkpoint)} done"
+            self._task,
+            advance=len(outcomes),
+            rate=f"{rate:.0f}/min",
+            left="" if left is None else f"{timedelta(seconds=round(left))} left",
+            description=f"{name_of(checkpoint)} done",
         )
         for outcome in outcomes:
             if outcome.status in (AnalysisStatus.FAILED, AnalysisStatus.CRASHED):

@@ -12,6 +12,7 @@ from trace_offline.core.errors import StoreError, TraceOfflineError, UsageError,
 from trace_offline.core.steps import StepSelection
 from trace_offline.engine.analyze import Summary, analyze
 from trace_offline.engine.heldout import uses_heldout
+from trace_offline.engine.interrupt import StopRequest
 from trace_offline.engine.options import AnalyzeOptions
 from trace_offline.engine.progress import Progress
 from trace_offline.engine.unit import HELDOUT
@@ -41,7 +42,11 @@ def rerun(
     heldout_set: Path | None = None,
     device: str | None = None,
     jobs: int | None = None,
+    executor: str | None = None,
+    timeout: float | None = None,
+    scheduler: str | None = None,
     progress: Progress | None = None,
+    stop: StopRequest | None = None,
 ) -> list[Summary]:
     """Run one analyzer again over every run of a store (or the one named).
 
@@ -63,8 +68,10 @@ def rerun(
     if evaluation_set is not None and len({row["hash"] for row in rows}) > 1:
         names = ", ".join(sorted({row["name"] for row in rows}))
         raise UsageError(f"--evaluation-set moves one evaluation set, but these were used: {names}. Use analyze.")
-    summaries = []
+    summaries: list[Summary] = []
     for row in rows:
+        if summaries and summaries[-1].interrupted:
+            break
         kept = json.loads(row["options"])
         latest = _latest(opened, row, analyzer)
         options = AnalyzeOptions(
@@ -76,11 +83,14 @@ def rerun(
             run=row["run"],
             steps=steps,
             force=force,
+            executor=executor,
+            timeout=timeout,
+            scheduler=scheduler,
             heldout_set=heldout_set or _heldout_path(opened, latest, kept, analyzer),
             **{**{name: value for name, value in kept.items() if name in _KEPT}, **_given(device=device, jobs=jobs)},
         )
         try:
-            summaries.append(analyze(options, progress))
+            summaries.append(analyze(options, progress, stop))
         except TraceOfflineError as error:
             if len(rows) == 1 or isinstance(error, StoreError):
                 raise

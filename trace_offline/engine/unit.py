@@ -49,7 +49,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class WorkSettings:
-    """What all units of a run share."""
+    """What all units of a run share. ``board``: the folder where workers say what they do."""
 
     evaluation_set: str
     evaluation_hash: str
@@ -64,6 +64,7 @@ class WorkSettings:
     factory_digest: str = ""
     heldout_set: str | None = None
     heldout_hash: str | None = None
+    board: str | None = None
 
 
 Stamps = tuple[tuple[str, int, int], ...]

@@ -7,13 +7,16 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trace_offline.core.errors import CheckpointError, EvaluationSetError, NotApplicable, TraceOfflineError
 from trace_offline.core.types import AnalysisStatus, Array, Artifact, Measurement, Outcome
+from trace_offline.engine.board import Reporter, reporter
+from trace_offline.engine.progress import name_of
 from trace_offline.engine.unit import AnalysisRequest, Unit, file_stamps
 
 _BAR = "/"
@@ -34,16 +37,32 @@ def run_unit(unit: Unit) -> list[Outcome]:
     """Load the checkpoint once, run one pass, let every analyzer measure; one outcome for each request."""
     jobs = [_Job(request) for request in unit.requests]
     device = unit.settings.device
+    report = _listening[-1] if _listening else reporter(unit.settings.board)
     try:
         limit_threads(unit.settings.threads)
         device = resolve_device(unit.settings.device)
-        _measure_all(unit, jobs, device)
+        _measure_all(unit, jobs, device, report)
     except Exception as error:
         for job in jobs:
             if job.outcome is None:
                 job.outcome = ended(job.request.analysis_id, error, device)
+    finally:
+        report.rest()
     versions = library_versions()
     return [_stamp(job, versions, device) for job in jobs]
+
+
+_listening: list[Reporter] = []
+
+
+@contextmanager
+def reporting(listener: Reporter) -> Iterator[None]:
+    """What this process does is told to ``listener`` instead of the board of the unit."""
+    _listening.append(listener)
+    try:
+        yield
+    finally:
+        _listening.pop()
 
 
 def resolve_device(name: str) -> str:
@@ -94,13 +113,15 @@ def _model_cache() -> Any:
     return ModelCache()
 
 
-def _measure_all(unit: Unit, jobs: list[_Job], device: str) -> None:
+def _measure_all(unit: Unit, jobs: list[_Job], device: str, report: Reporter) -> None:
     from trace_offline.activations.forward import run_pass
     from trace_offline.analyzers.base import Context, Need
     from trace_offline.analyzers.registry import registry
     from trace_offline.checkpoints.loading import load_model
 
     settings = unit.settings
+    key, place = unit.key, name_of(unit.checkpoint)
+    report.tell(key, place, "loading", (job.request.analysis_id for job in jobs))
     evaluation = evaluation_set(settings.evaluation_set, settings.evaluation_hash)
     check_tokenizer_of(unit, evaluation)
     _refuse_changed(unit)
@@ -132,6 +153,7 @@ def _measure_all(unit: Unit, jobs: list[_Job], device: str) -> None:
         job.seconds += time.perf_counter() - started
 
     collectors = {name: c for name, c in collectors.items() if not _over(jobs, name)}
+    report.tell(key, place, "forward pass", (job.request.analysis_id for job in jobs if job.outcome is None))
     started = time.perf_counter()
     broken: Mapping[str, BaseException] = run_pass(model, evaluation, collectors) if collectors else {}
     shared = (time.perf_counter() - started) / max(1, len({_owner(name) for name in collectors}))
@@ -140,9 +162,12 @@ def _measure_all(unit: Unit, jobs: list[_Job], device: str) -> None:
             if job.request.analyzer == _owner(name) and job.outcome is None:
                 job.outcome = ended(job.request.analysis_id, fault, device)
 
+    versions = library_versions()
     for job in jobs:
         if job.outcome is None:
+            report.tell(key, place, job.request.analyzer, (job.request.analysis_id,))
             _measure(job, collectors, shared, device)
+            report.keep(_stamp(job, versions, device))
 
 
 def _refuse_changed(unit: Unit) -> None:

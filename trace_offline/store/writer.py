@@ -209,6 +209,17 @@ class Writer:
         with self.transaction() as con:
             con.executemany(f"insert or ignore into planned values ({', '.join('?' * 10)})", values)
 
+    def unplan(self, analyses: Iterable[str]) -> None:
+        """Forget planned analyses that cannot be made any more, where nothing was stored for them."""
+        keys = list(analyses)
+        if keys:
+            with self.transaction() as con:
+                con.execute(
+                    "delete from planned where analysis_id in (select unnest(?)) "
+                    "and analysis_id not in (select analysis_id from analyses)",
+                    [keys],
+                )
+
     def record(self, outcome: Outcome, identity: Mapping[str, Any]) -> None:
         """Store one outcome, replacing an earlier one of the same identity, in one transaction.
 

@@ -1,0 +1,177 @@
+"""Running units as Dask futures, on any ``distributed`` scheduler (optional extra ``dask``).
+
+Futures, not joblib's Dask backend: that one waits for ever for a task that always kills its worker.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from trace_offline.core.errors import UsageError
+from trace_offline.core.types import AnalysisStatus, Outcome
+from trace_offline.engine import worker
+from trace_offline.engine.unit import Unit
+
+TOPIC = "trace-offline"
+_LOOK_SECONDS = 0.25
+_CONNECT_SECONDS = 20
+
+# A worker process with several threads still analyzes one checkpoint at a time: the model and torch's settings are
+# shared by the whole process.
+_ONE_AT_A_TIME = threading.Lock()
+
+
+class _Events:
+    """In a Dask worker: says what it does as events that the scheduler hands on to the run."""
+
+    def __init__(self, run: str) -> None:
+        self.run = run
+
+    def tell(self, unit: str, checkpoint: str, task: str, analyses: Iterable[str]) -> None:
+        from distributed import get_worker
+
+        here = get_worker()
+        here.log_event(
+            f"{TOPIC}-{self.run}",
+            {"unit": unit, "task": task, "analyses": list(analyses), "worker": here.address},
+        )
+
+    def keep(self, outcome: Outcome) -> None:
+        """The outcome travels with the unit."""
+
+    def rest(self) -> None:
+        """The future ends."""
+
+
+def run_on_worker(body: Callable[[Unit], list[Outcome]], unit: Unit, run: str) -> list[Outcome]:
+    """The task of one future."""
+    with _ONE_AT_A_TIME, worker.reporting(_Events(run)):
+        return body(unit)
+
+
+def run_dask(
+    units: Iterator[Unit], body: Callable[[Unit], list[Outcome]], address: str | None, timeout: float | None
+) -> Iterator[tuple[Unit, list[Outcome]]]:
+    """Units over the workers of a scheduler, yielded as they finish.
+
+    A unit that kills its worker as often as the scheduler allows (``distributed.scheduler.allowed-failures``) loses
+    the analysis it died in, which is recorded as crashed; its other analyses are tried again. An analysis that takes
+    longer than ``timeout`` seconds is recorded as crashed and its worker restarted.
+
+    Raises UsageError when ``distributed`` is not installed or no scheduler answers at ``address``.
+    """
+    try:
+        from distributed import Client
+    except ImportError:
+        raise UsageError("--executor dask needs the package distributed: pip install 'trace-offline[dask]'.") from None
+    try:
+        client = Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
+    except (OSError, ValueError, TimeoutError) as error:
+        raise UsageError(
+            f"--scheduler: no Dask scheduler answers at {address} ({error}). Start one with `dask scheduler`, or check "
+            "the address it prints."
+        ) from error
+    with client:
+        yield from _Cluster(client, units, body, timeout).run()
+
+
+@dataclass
+class _Doing:
+    task: str
+    analyses: tuple[str, ...]
+    worker: str
+    since: float
+
+
+@dataclass
+class _Cluster:
+    client: Any
+    source: Iterator[Unit]
+    body: Callable[[Unit], list[Outcome]]
+    timeout: float | None
+    futures: dict[Any, Unit] = field(default_factory=dict)
+    again: deque[Unit] = field(default_factory=deque)
+    doing: dict[str, _Doing] = field(default_factory=dict)
+    count: Iterator[int] = field(default_factory=itertools.count)
+
+    def run(self) -> Iterator[tuple[Unit, list[Outcome]]]:
+        from distributed import wait
+
+        run = f"{time.time_ns():x}"
+        topic = f"{TOPIC}-{run}"
+        self.client.subscribe_topic(topic, self._hear)
+        try:
+            while self._feed(run):
+                try:
+                    done = wait(list(self.futures), timeout=_LOOK_SECONDS, return_when="FIRST_COMPLETED").done
+                except TimeoutError:
+                    done = set()
+                for future in done:
+                    unit = self.futures.pop(future)
+                    yield from self._result(future, unit)
+                    future.release()
+                yield from self._end_hanging()
+        finally:
+            self.client.unsubscribe_topic(topic)
+            if self.futures:
+                self.client.cancel(list(self.futures), force=True)
+
+    def _hear(self, event: tuple[float, dict[str, Any]]) -> None:
+        _, said = event
+        # Our own clock: those of two machines differ.
+        self.doing[said["unit"]] = _Doing(said["task"], tuple(said["analyses"]), said["worker"], time.monotonic())
+
+    def _feed(self, run: str) -> bool:
+        """Keep two units for every worker under way; False when nothing is left."""
+        room = 2 * max(1, len(self.client.scheduler_info(n_workers=-1)["workers"])) - len(self.futures)
+        for _ in range(room):
+            unit = self.again.popleft() if self.again else next(self.source, None)
+            if unit is None:
+                break
+            key = f"trace-offline-{run}-{next(self.count)}"
+            future = self.client.submit(run_on_worker, self.body, unit, run, key=key, pure=False, retries=0)
+            self.futures[future] = unit
+        return bool(self.futures)
+
+    def _result(self, future: Any, unit: Unit) -> Iterator[tuple[Unit, list[Outcome]]]:
+        if future.status == "finished":
+            self.doing.pop(unit.key, None)
+            yield unit, future.result()
+            return
+        error = future.exception() if future.status == "error" else RuntimeError("the scheduler lost it")
+        text = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        yield from self._lost(unit, f"killed its Dask worker again and again ({text})")
+
+    def _end_hanging(self) -> Iterator[tuple[Unit, list[Outcome]]]:
+        if self.timeout is None:
+            return
+        for future, unit in list(self.futures.items()):
+            doing = self.doing.get(unit.key)
+            if doing is None or time.monotonic() - doing.since <= self.timeout:
+                continue
+            taken = time.monotonic() - doing.since
+            self.client.cancel([future], force=True)
+            del self.futures[future]
+            self.client.restart_workers([doing.worker], timeout=_CONNECT_SECONDS, raise_for_error=False)
+            yield from self._lost(
+                unit, f"was ended after {taken:.0f} s: longer than --timeout {self.timeout:g} allows."
+            )
+
+    def _lost(self, unit: Unit, what: str) -> Iterator[tuple[Unit, list[Outcome]]]:
+        """Record what was at stake; try the rest again, alone where nobody knows which of several it was."""
+        doing = self.doing.pop(unit.key, None)
+        stake = [item for item in unit.requests if doing is None or item.analysis_id in doing.analyses]
+        if len(stake) == 1 or (doing is not None and doing.task == "loading"):
+            yield unit, [Outcome(item.analysis_id, AnalysisStatus.CRASHED, f"{item.analyzer} {what}") for item in stake]
+        else:
+            self.again.extend(dataclasses.replace(unit, requests=(item,)) for item in stake)
+        rest = tuple(item for item in unit.requests if item not in stake)
+        if rest:
+            self.again.append(dataclasses.replace(unit, requests=rest))
