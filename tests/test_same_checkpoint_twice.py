@@ -19,6 +19,9 @@ NEUTRAL = {
         "cosine": 1,
         "update_to_weight_ratio": 0,
         "update_to_weight_ratio_per_step": 0,
+        "weight_cka": 1,
+        "weight_cka_debiased": 1,
+        "weight_pwcca": 1,
     },
 }
 

@@ -46,7 +46,7 @@ def spectra_of(tensors: Mapping[str, Tensor], convolutions: frozenset[str]) -> d
 
     found: dict[str, Spectrum] = {}
     for name, tensor in tensors.items():
-        matrices = _matrices(tensor, name in convolutions)
+        matrices = matrices_of(tensor, name in convolutions)
         if not matrices:
             continue
         try:
@@ -108,7 +108,7 @@ def convolution_weights(module: nn.Module) -> frozenset[str]:
     )
 
 
-def _matrices(tensor: Tensor, convolution: bool) -> list[Tensor]:
+def matrices_of(tensor: Tensor, convolution: bool) -> list[Tensor]:
     """The matrices a tensor holds: itself, a kernel as [outputs, rest], or one for every leading index (experts)."""
     if tensor.ndim < 2:
         return []
