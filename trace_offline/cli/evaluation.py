@@ -15,7 +15,7 @@ def build(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     from_: Annotated[
         list[Path],
-        typer.Option("--from", metavar="FILE", help="Plain text, CoNLL-U, JSONL or ABSynth JSON; repeat for several."),
+        typer.Option("--from", metavar="FILE", help="Plain text, CoNLL-U, JSONL, ABSynth JSON or minimal pairs; repeat."),
     ],
     tokenizer: Annotated[
         str, typer.Option(metavar="CHECKPOINT", help="A checkpoint or folder with the tokenizer, or hf://org/name.")
@@ -26,7 +26,7 @@ def build(
     test: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Probes are fitted on --from and scored on this.")
     ] = None,
-    kind: Annotated[str | None, typer.Option(help="text, conllu, jsonl or absynth. Default: by the file.")] = None,
+    kind: Annotated[str | None, typer.Option(help="text, conllu, jsonl, absynth or pairs. Default: by the file.")] = None,
     name: Annotated[str | None, typer.Option(help="Name stored with every number. Default: the folder's name.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest sequence in tokens.", min=2)] = None,
     max_examples: Annotated[
@@ -87,6 +87,9 @@ def build(
         lost = {name: count for name, count in counts.items() if isinstance(count, int) and count}
         shown = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in lost.items())
         typer.echo(f"  {task}: {shown}; {len(counts.get('classes', ()))} classes")
+    if found := made.summary.get("pairs"):
+        kinds = ", ".join(f"{count} {kind}" for kind, count in found["kinds"].items())
+        typer.echo(f"  minimal pairs: {found['pairs']} ({kinds}); {sum(found['dropped'].values())} left out")
     if others := made.summary.get("alternatives"):
         typer.echo(
             "  alternatives: " + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in others.items())

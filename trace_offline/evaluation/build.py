@@ -20,6 +20,9 @@ from trace_offline.evaluation.annotations import Alternatives, Annotations
 from trace_offline.evaluation.document import Document
 from trace_offline.evaluation.evaluation_set import EvaluationSet
 from trace_offline.evaluation.masking import choose_masked, masked_row
+from trace_offline.evaluation.origin import corpus_of_files, tokenizer_json
+from trace_offline.evaluation.pair_rows import arrange_pairs
+from trace_offline.evaluation.pairs import VIOLATION, Member, Pairs
 from trace_offline.evaluation.sources import KINDS, read_source
 from trace_offline.evaluation.tokenizing import Encoded, SourceTokenizer
 from trace_offline.evaluation.training_text import compare
@@ -38,6 +41,8 @@ class Row:
     labels: npt.NDArray[np.int64] | None = None
     annotations: list[tuple[str, int, int, str]] = field(default_factory=list)
     alternatives: list[tuple[int, int]] = field(default_factory=list)
+    member: Member | None = None
+    truncated: bool = False
 
 
 @dataclass
@@ -94,19 +99,21 @@ def build_evaluation_set(
 ) -> EvaluationSet:
     """Write an evaluation set to the folder ``out`` and open it; counts of words and labels are in ``.summary``.
 
-    ``sources``: plain text, CoNLL-U, JSONL or ABSynth JSON (``kind``; None: guessed from name and content); gzip is
-    fine. ``tasks``: which annotations; None = the usual ones of the format. ``test_sources``: more files of the same
-    kind; probes are fitted on ``sources`` (split 0) and scored on these (split 1). ``tokenizer``: checkpoint folder or
-    tokenizer.json. ``max_length``: tokens a row, special ones included; default: what the model takes, at most 1,024.
-    Plain text longer than that is cut into several rows of one group, each starting as a text does; annotated text is
-    truncated, and labels cut off are counted. ``max_examples``: the first so many texts of ``sources``, and of
-    ``test_sources``. ``objective``: ``causal_lm``, or ``masked_lm``: ``mask_probability`` of the positions of each row
-    (at least one) hold the mask token and are predicted; words that contain one lose their label.
+    ``sources``: plain text, CoNLL-U, JSONL, ABSynth JSON or minimal pairs (``kind``; None: guessed from name and
+    content); gzip is fine. ``tasks``: which annotations; None = the usual ones of the format. ``test_sources``: more
+    files of the same kind; probes are fitted on ``sources`` (split 0) and scored on these (split 1). ``tokenizer``:
+    checkpoint folder or tokenizer.json. ``max_length``: tokens a row, special ones included; default: what the model
+    takes, at most 1,024. Plain text longer than that is cut into several rows of one group, each starting as a text
+    does; annotated text is truncated, and labels cut off are counted. ``max_examples``: the first so many texts (or
+    pairs) of ``sources``, and of ``test_sources``. ``objective``: ``causal_lm``, or ``masked_lm``:
+    ``mask_probability`` of the positions of each row (at least one) hold the mask token and are predicted; words that
+    contain one lose their label.
     ``text_unit``: how plain text is split (``auto``, ``mark``, ``paragraph``, ``line``, ``file``).
     ``training_text``: files of what the model was trained on; counts of their n-grams and which rows occur in them are
     kept, not the text.
 
-    Texts that occur more than once share a group, so that no split puts copies on both sides.
+    Texts that occur more than once share a group, so that no split puts copies on both sides; so do minimal pairs.
+    Files of ``trace_offline.corpus`` with their parameters beside them pass these on, with the tokenizer.
     Raises EvaluationSetError for unusable input, UsageError for unusable options.
     """
     _check_options(sources, tasks, kind, objective, max_length, max_examples)
@@ -128,14 +135,25 @@ def build_evaluation_set(
     texts = 0
     groups: dict[tuple[int, str], int] = {}
     for split, paths in enumerate((sources, test_sources)):
-        documents = [document for path in paths for document in read_source(Path(path), kind, tasks, text_unit)][
-            :max_examples
-        ]
+        documents = [document for path in paths for document in read_source(Path(path), kind, tasks, text_unit)]
+        documents = _first(documents, max_examples)
         texts += len(documents)
+        if objective != "causal_lm" and any(document.member for document in documents):
+            raise UsageError(
+                f"minimal pairs need the objective causal_lm, found {objective}: the probability of a sentence is the "
+                "product of its next-token probabilities."
+            )
         rows += _rows(documents, split, plan, groups, tally, first_row=len(rows))
+    rows, pairs, pair_tally = arrange_pairs(rows, loaded.special_ids)
+    if pairs is not None:
+        tally.outcomes.pop(VIOLATION, None)
     _check_result(rows, tally, loaded)
     repeated = len({text for split, text in groups if split} & {text for split, text in groups if not split})
     summary = _summary(rows, tally, texts, repeated, sources, test_sources)
+    corpus, conflict = corpus_of_files([Path(path) for path in (*sources, *test_sources)])
+    if pairs is not None:
+        summary["pairs"] = pair_tally.summary()
+    summary["warnings"] += [*pair_tally.warnings(), *([conflict] if conflict else [])]
     description = form.Description(
         objective=objective,
         labels_shifted=objective != "masked_lm",
@@ -146,9 +164,12 @@ def build_evaluation_set(
         tokenizer=loaded.name,
         source=", ".join(Path(path).name for path in (*sources, *test_sources)),
         licence=licence,
+        corpus=corpus,
         summary=summary,
     )
-    contents = _contents(rows, plan, bool(test_sources))
+    contents = _contents(rows, plan, bool(test_sources), pairs)
+    if corpus is not None:
+        contents = replace(contents, tokenizer=tokenizer_json(loaded.backend))
     if training_text:
         contents = _with_training_text(contents, [Path(path) for path in training_text], plan, text_unit, description)
     form.write(Path(out), contents, description)
@@ -177,6 +198,12 @@ def _check_options(
         raise UsageError("tasks: the same task is named twice.")
 
 
+def _first(documents: list[Document], count: int | None) -> list[Document]:
+    """The first ``count`` texts; both members of a pair count as one."""
+    starts = [place for place, each in enumerate(documents) if each.member is None or each.member.variant == 0]
+    return documents if count is None or len(starts) <= count else documents[: starts[count]]
+
+
 def _rows(
     documents: Sequence[Document],
     split: int,
@@ -186,12 +213,16 @@ def _rows(
     first_row: int,
 ) -> list[Row]:
     rows: list[Row] = []
+    originals = {
+        each.member.key: each.text for each in documents if each.member is not None and not each.member.variant
+    }
     for start in range(0, len(documents), _ENCODED_TOGETHER):
         part = documents[start : start + _ENCODED_TOGETHER]
         for document, encoded in zip(part, plan.tokenizer.encode([each.text for each in part]), strict=True):
             if not encoded.ids:
                 raise EvaluationSetError(f"{document.where}: the tokenizer makes no token of this text; leave it out.")
-            group = groups.setdefault((split, document.text), len(groups))
+            text = document.text if document.member is None else originals[document.member.key]
+            group = groups.setdefault((split, text), len(groups))
             for row in _rows_of(document, encoded, plan, tally, first_row + len(rows)):
                 row.group, row.split = group, split
                 rows.append(row)
@@ -200,14 +231,14 @@ def _rows(
 
 def _rows_of(document: Document, encoded: Encoded, plan: Plan, tally: Tally, number: int) -> Iterator[Row]:
     """One row, or several for a long text without annotations."""
-    annotated = bool(document.spans or document.unplaced or document.alternatives)
+    annotated = bool(document.spans or document.unplaced or document.alternatives or document.member)
     pieces = range(0, len(encoded.ids), plan.room)
     if len(pieces) > 1:
         tally.truncated += annotated
         tally.chunked += not annotated
     for start in pieces[:1] if annotated else pieces:
         ids = np.asarray([*plan.prefix, *encoded.ids[start : start + plan.room], *plan.suffix], np.int64)
-        row = Row(ids, group=-1, split=0)
+        row = Row(ids, group=-1, split=0, member=document.member, truncated=annotated and len(pieces) > 1)
         masked = np.zeros(0, np.int64)
         if plan.objective == "masked_lm":
             assert plan.tokenizer.mask_id is not None
@@ -261,7 +292,7 @@ def _check_result(rows: Sequence[Row], tally: Tally, tokenizer: SourceTokenizer)
             )
 
 
-def _contents(rows: Sequence[Row], plan: Plan, with_split: bool) -> form.Contents:
+def _contents(rows: Sequence[Row], plan: Plan, with_split: bool, pairs: Pairs | None) -> form.Contents:
     n, t = len(rows), max(len(row.ids) for row in rows)
     ids = np.full((n, t), plan.tokenizer.pad_id or 0, np.int64)
     mask = np.zeros((n, t), np.uint8)
@@ -282,6 +313,7 @@ def _contents(rows: Sequence[Row], plan: Plan, with_split: bool) -> form.Content
         group=np.asarray([row.group for row in rows], np.int64),
         split=np.asarray([row.split for row in rows], np.int8) if with_split else None,
         alternatives=Alternatives.from_tuples(alternatives) if alternatives else None,
+        pairs=pairs,
     )
 
 

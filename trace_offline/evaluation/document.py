@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trace_offline.core.errors import EvaluationSetError
+from trace_offline.evaluation.pairs import Member
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +33,17 @@ class CharAlternative:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text. ``where`` names file and line for messages; ``unplaced`` counts, by task, labels without characters."""
+    """One text. ``where`` names file and line for messages; ``unplaced`` counts, by task, labels without characters.
+
+    ``member``: which member of which minimal pair it is, if any.
+    """
 
     text: str
     where: str
     spans: tuple[CharSpan, ...] = ()
     unplaced: dict[str, int] = field(default_factory=dict)
     alternatives: tuple[CharAlternative, ...] = ()
+    member: Member | None = None
 
 
 def document_from_words(

@@ -5,7 +5,7 @@ Shape letters: N rows, T positions, B rows of a batch, M annotations of a task.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from trace_offline.core.errors import EvaluationSetError, nearest
+from trace_offline.evaluation import batch_file, validate
 from trace_offline.evaluation import format as form
-from trace_offline.evaluation import validate
 from trace_offline.evaluation.annotations import ANNOTATIONS, BATCHES, Alternatives, read_annotations
+from trace_offline.evaluation.origin import TOKENIZER, Decoder
+from trace_offline.evaluation.pairs import VIOLATION, Pairs
 from trace_offline.evaluation.training_text import TRAINING_TEXT, TrainingText
 from trace_offline.evaluation.training_text import read as read_training_text
 
@@ -68,7 +70,8 @@ class EvaluationSet:
     fit probes here, 1 = score here, None = no split given. ``group [N]``: rows with the same number belong together.
     ``summary``: what the builder counted (words aligned, truncated, …), empty for recorded sets. ``alternatives``:
     tokens that could stand in the place of others (None: the set has none). ``has_training_text``: see
-    ``training_text()``.
+    ``training_text()``. ``pairs``: which rows are minimal pairs (None: the set has none). ``corpus``: parameters of the
+    synthetic corpus behind the text (module ``origin``), None when there is none. ``has_tokenizer``: see ``decoder()``.
     """
 
     folder: Path
@@ -92,6 +95,9 @@ class EvaluationSet:
     summary: dict[str, Any] = field(default_factory=dict, repr=False)
     alternatives: Alternatives | None = field(default=None, repr=False)
     has_training_text: bool = False
+    pairs: Pairs | None = field(default=None, repr=False)
+    corpus: dict[str, Any] | None = field(default=None, repr=False)
+    has_tokenizer: bool = False
     _example: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
     _stamps: tuple[tuple[int, int], ...] = field(default=(), repr=False)
 
@@ -124,9 +130,9 @@ class EvaluationSet:
         validate.check_meaning(
             description.objective, description.labels_shifted, description.alignment, has_labels, str(folder)
         )
-        example = _numbers(batches, names, "example", n, where)
-        group = _numbers(batches, names, "group", n, where)
-        split = _numbers(batches, names, "split", n, where) if "split" in names else None
+        example = batch_file.numbers(batches, names, "example", n, where)
+        group = batch_file.numbers(batches, names, "group", n, where)
+        split = batch_file.numbers(batches, names, "split", n, where) if "split" in names else None
         validate.check_row_numbers(n, group, split, where)  # type: ignore[arg-type]
         if len(np.unique(example)) != n:
             raise EvaluationSetError(f"{where}: example must number each row differently; some rows share a number.")
@@ -134,10 +140,10 @@ class EvaluationSet:
         where_annotations = str(folder / ANNOTATIONS)
         validate.check_spans(annotations, n, t, where_annotations, description.multi_label)
         content_hash = form.ContentHash(description, n, t)
-        alternatives = _alternatives(batches, names, n, where)
+        alternatives = batch_file.alternatives(batches, names, n, where)
         n_tokens = 0
         for start, stop in form.row_chunks(n, t):
-            ids, mask, labels = _read_rows(batches, start, stop, shape, has_labels, where)
+            ids, mask, labels = batch_file.read_rows(batches, start, stop, shape, has_labels, where)
             low, high = np.searchsorted(annotations.row, [start, stop])
             validate.check_spans_attended(
                 annotations.row[low:high],
@@ -152,7 +158,7 @@ class EvaluationSet:
             )
             if alternatives is not None:
                 own = None if description.labels_shifted else labels
-                validate.check_alternatives(_rows_of(alternatives, start, stop), ids, mask, own, where, start)
+                validate.check_alternatives(batch_file.rows_of(alternatives, start, stop), ids, mask, own, where, start)
             n_tokens += int(mask.sum(dtype=np.int64))
             content_hash.update("input_ids", ids)
             content_hash.update("attention_mask", mask)
@@ -166,6 +172,13 @@ class EvaluationSet:
         training_text = read_training_text(folder, n, t)
         if training_text is not None:
             content_hash.update_training_text(training_text)
+        pairs = batch_file.pairs(batches, names, n, split, annotations, where)
+        if pairs is not None:
+            content_hash.update("pair", pairs.pair)
+            content_hash.update("variant", pairs.variant)
+        tokenizer = folder / TOKENIZER
+        if tokenizer.is_file():
+            content_hash.update_text(TOKENIZER, tokenizer.read_text(encoding="utf-8"))
         found = content_hash.finish(annotations)
         if document.get("hash") not in (None, found):
             raise EvaluationSetError(
@@ -195,6 +208,9 @@ class EvaluationSet:
             summary=description.summary,
             alternatives=alternatives,
             has_training_text=training_text is not None,
+            pairs=pairs,
+            corpus=description.corpus,
+            has_tokenizer=tokenizer.is_file(),
             _example=example,
             _stamps=stamps,
         )
@@ -214,7 +230,7 @@ class EvaluationSet:
         self._unchanged()
         batches = form.open_batches(self.folder)
         where = str(self.folder / BATCHES)
-        ids, mask, labels = _read_rows(batches, start, stop, (self.n_examples, self.max_length), self.has_labels, where)
+        ids, mask, labels = batch_file.read_rows(batches, start, stop, self._shape, self.has_labels, where)
         targets = self._targets(ids, mask.astype(bool), labels)
         return TokenBatch(torch.from_numpy(ids), torch.from_numpy(mask.astype(bool)), torch.from_numpy(targets))
 
@@ -243,6 +259,7 @@ class EvaluationSet:
             )
         self._unchanged()
         found = read_annotations(self.folder, self._example, task).ordered()
+        found = found.where(found.row < self.n_examples)
         classes = tuple(sorted(set(found.label.tolist())))
         codes = {name: code for code, name in enumerate(classes)}
         label = np.asarray([codes[name] for name in found.label.tolist()], np.int64)
@@ -251,10 +268,41 @@ class EvaluationSet:
     def training_text(self) -> TrainingText:
         """What the training text says about the rows. Raises EvaluationSetError when the set was built without one."""
         self._unchanged()
-        found = read_training_text(self.folder, self.n_examples, self.max_length)
+        found = read_training_text(self.folder, *self._shape)
         if found is None:
             raise EvaluationSetError(f"{self.folder}: knows no training text. {ADD_TRAINING_TEXT}")
-        return found
+        return found.first(self.n_examples)
+
+    def decoder(self) -> Decoder:
+        """From token ids to text, with the tokenizer kept with the set. Raises EvaluationSetError when it has none."""
+        return Decoder(self.folder)
+
+    def originals(self) -> EvaluationSet:
+        """The set without the changed rows of its minimal pairs: what texts in general are measured on.
+
+        The set itself when it has no pairs. The annotations that mark what to compare are left out as well.
+        """
+        if self.pairs is None:
+            return self
+        n = self.pairs.n_originals
+        self._unchanged()
+        annotations = read_annotations(self.folder, self._example)
+        mask = form.open_batches(self.folder).get_slice("attention_mask")[:n]
+        return replace(
+            self,
+            n_examples=n,
+            n_tokens=int(mask.sum(dtype=np.int64)),
+            tasks=tuple(sorted(set(annotations.where(annotations.row < n).task.tolist()) - {VIOLATION})),
+            split=None if self.split is None else self.split[:n],
+            group=self.group[:n],
+            alternatives=None if self.alternatives is None else batch_file.rows_of(self.alternatives, 0, n),
+            pairs=None,
+        )
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        """Rows and positions of the folder."""
+        return len(self._example), self.max_length
 
     def _unchanged(self) -> None:
         if _stamps(self.folder) != self._stamps:
@@ -294,56 +342,3 @@ def _stamps(folder: Path) -> tuple[tuple[int, int], ...]:
         status = (folder / TRAINING_TEXT).stat()
         stamps.append((status.st_size, status.st_mtime_ns))
     return tuple(stamps)
-
-
-def _numbers(batches: Any, names: set[str], name: str, n: int, where: str) -> npt.NDArray[np.int64]:
-    """``[N]`` whole numbers, or the row numbers when the tensor is absent."""
-    if name not in names:
-        return np.arange(n, dtype=np.int64)
-    values = batches.get_tensor(name)
-    if values.shape != (n,) or values.dtype.kind not in "iu":
-        raise EvaluationSetError(
-            f"{where}: {name} must be whole numbers, one for each of the {n} rows; found {values.dtype} {values.shape}."
-        )
-    return values.astype(np.int64)
-
-
-def _alternatives(batches: Any, names: set[str], n: int, where: str) -> Alternatives | None:
-    if "alternatives" not in names:
-        return None
-    table = batches.get_tensor("alternatives")
-    if table.ndim != 2 or table.shape[1] != 3 or table.dtype.kind not in "iu":
-        raise EvaluationSetError(
-            f"{where}: alternatives must be whole numbers [A, 3] (row, position, token); found {table.dtype} "
-            f"{table.shape}."
-        )
-    found = Alternatives.from_table(table)
-    order = np.lexsort((found.position, found.row))
-    if len(found) and (found.row.min() < 0 or found.row.max() >= n or (order != np.arange(len(order))).any()):
-        raise EvaluationSetError(f"{where}: alternatives must be ordered by row and position, with rows 0 to {n - 1}.")
-    return found
-
-
-def _rows_of(alternatives: Alternatives, start: int, stop: int) -> Alternatives:
-    low, high = np.searchsorted(alternatives.row, [start, stop])
-    return Alternatives(alternatives.row[low:high], alternatives.position[low:high], alternatives.token[low:high])
-
-
-def _read_rows(
-    batches: Any, start: int, stop: int, shape: tuple[int, int], has_labels: bool, where: str
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
-    found = []
-    for name in ("input_ids", "attention_mask", *(["labels"] if has_labels else [])):
-        part = batches.get_slice(name)
-        if tuple(part.get_shape()) != shape:
-            raise EvaluationSetError(
-                f"{where}: {name} must have the shape {list(shape)} of input_ids; found {part.get_shape()}."
-            )
-        values = part[start:stop]
-        if values.dtype.kind not in "iub":
-            raise EvaluationSetError(f"{where}: {name} must hold whole numbers; found {values.dtype}.")
-        found.append(values.astype(np.int64))
-    ids, mask = found[0], found[1]
-    labels = found[2] if has_labels else None
-    validate.check_rows(ids, mask, labels, where, start)
-    return ids, mask, labels

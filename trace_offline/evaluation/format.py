@@ -2,9 +2,11 @@
 
 ``batches.safetensors``: ``input_ids [N, T]``, ``attention_mask [N, T]``, optionally ``labels [N, T]``, ``example [N]``
 (the number annotations refer to a row by; default the row's own number), ``group [N]``, ``split [N]``,
-``alternatives [A, 3]`` (row, position, another token that could stand there).
+``alternatives [A, 3]`` (row, position, another token that could stand there), ``pair [N]`` and ``variant [N]`` (module
+``pairs``).
 ``annotations.parquet``: ``example, task, start, end, label``; token positions, end exclusive.
 ``training_text.safetensors``, optionally: what a training text says about the rows (module ``training_text``).
+``tokenizer.json``, optionally: to read tokens as text (module ``origin``).
 ``evaluation_set.json``: everything else. Format version 1.
 """
 
@@ -27,6 +29,8 @@ from trace_offline.core.errors import EvaluationSetError
 from trace_offline.core.hashing import canonical_json
 from trace_offline.evaluation import validate
 from trace_offline.evaluation.annotations import ANNOTATIONS, BATCHES, Alternatives, Annotations
+from trace_offline.evaluation.origin import TOKENIZER
+from trace_offline.evaluation.pairs import Pairs, check_pairs
 from trace_offline.evaluation.training_text import TRAINING_TEXT, TrainingText
 
 FORMAT = "trace-offline evaluation set"
@@ -46,6 +50,7 @@ class Description:
     alignment: str = "last"
     special_token_ids: tuple[int, ...] = ()
     multi_label: tuple[str, ...] = ()
+    corpus: dict[str, Any] | None = None
 
     name: str = "evaluation"
     tokenizer_hash: str | None = None
@@ -61,7 +66,9 @@ class Description:
             "labels_shifted": self.labels_shifted,
             "alignment": self.alignment,
             "special_token_ids": sorted(self.special_token_ids),
-        } | ({"multi_label": sorted(self.multi_label)} if self.multi_label else {})
+            **({"multi_label": sorted(self.multi_label)} if self.multi_label else {}),
+            **({"corpus": self.corpus} if self.corpus is not None else {}),
+        }
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,8 @@ class Contents:
     split: npt.NDArray[np.int8] | None = None
     alternatives: Alternatives | None = None
     training_text: TrainingText | None = None
+    pairs: Pairs | None = None
+    tokenizer: str | None = None
 
 
 class ContentHash:
@@ -95,6 +104,10 @@ class ContentHash:
         """Add what the training text says."""
         for name, values in training.tensors().items():
             self.update(f"training_text.{name}", values)
+
+    def update_text(self, name: str, text: str) -> None:
+        """Add a text."""
+        self.update(name, np.frombuffer(text.encode(), np.uint8))
 
     def finish(self, annotations: Annotations) -> str:
         """32 hex digits."""
@@ -135,8 +148,12 @@ def write(folder: Path, contents: Contents, description: Description) -> str:
         tensors["split"] = np.ascontiguousarray(contents.split)
     if contents.alternatives is not None and len(contents.alternatives):
         tensors["alternatives"] = contents.alternatives.table()
+    if contents.pairs is not None:
+        tensors["pair"], tensors["variant"] = contents.pairs.pair, contents.pairs.variant
     for name, tensor in tensors.items():
         content_hash.update(name, tensor)
+    if contents.tokenizer is not None:
+        content_hash.update_text(TOKENIZER, contents.tokenizer)
     training = contents.training_text
     if training is not None:
         content_hash.update_training_text(training)
@@ -162,6 +179,7 @@ def write(folder: Path, contents: Contents, description: Description) -> str:
             "tokens": int(contents.attention_mask.sum(dtype=np.int64)),
             "annotations": {str(task): int(count) for task, count in zip(tasks, counts, strict=True)},
         }
+        | ({} if contents.pairs is None else {"pairs": len(contents.pairs)})
         | ({} if "alternatives" not in tensors else {"alternatives": len(tensors["alternatives"])})
         | ({} if training is None else {"training_texts": training.n_texts, "training_tokens": training.n_tokens}),
         "summary": description.summary,
@@ -182,6 +200,8 @@ def write(folder: Path, contents: Contents, description: Description) -> str:
         save_file(tensors, temporary / BATCHES, metadata={"format": "pt"})
         if training is not None:
             save_file(training.tensors(), temporary / TRAINING_TEXT)
+        if contents.tokenizer is not None:
+            (temporary / TOKENIZER).write_text(contents.tokenizer, encoding="utf-8", newline="")
         pq.write_table(table, temporary / ANNOTATIONS, compression="zstd")
         text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
         (temporary / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
@@ -222,6 +242,8 @@ def _check(contents: Contents, annotations: Annotations, description: Descriptio
     if contents.alternatives is not None:
         own = None if description.labels_shifted else labels
         validate.check_alternatives(contents.alternatives, ids, mask, own, where)
+    if contents.pairs is not None:
+        check_pairs(contents.pairs.pair, contents.pairs.variant, n, contents.split, annotations, where)
     if contents.training_text is not None and description.objective != "causal_lm":
         raise EvaluationSetError(
             f"{where}: a training text can be compared with a set of the objective causal_lm only; this one is "
@@ -297,6 +319,7 @@ def _description(document: dict[str, Any], path: Path) -> Description:
         alignment=get("alignment", str, "last"),
         special_token_ids=tuple(sorted(special)),
         multi_label=tuple(str(task) for task in get("multi_label", list, [])),
+        corpus=get("corpus", (dict, type(None)), None),
         name=get("name", str, path.parent.name),
         tokenizer_hash=get("tokenizer_hash", (str, type(None)), None),
         tokenizer=get("tokenizer", (str, type(None)), None),

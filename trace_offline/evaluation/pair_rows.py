@@ -68,7 +68,7 @@ def arrange_pairs(rows: Sequence[Any], special_token_ids: Iterable[int]) -> tupl
         if first is None:
             waiting[row.member.key] = row
             continue
-        reason = _mark(*sorted((first, row), key=lambda each: each.member.variant), special=special, tally=tally)  # type: ignore[union-attr]
+        reason = _mark(*sorted((first, row), key=lambda each: each.member.variant), special=special, tally=tally)
         if reason is None:
             tally.kinds[row.member.kind] += 1
             keys[row.member.key] = len(keys)

@@ -69,16 +69,14 @@ def _blimp(records: Sequence[tuple[str, dict[str, Any]]], tasks: Sequence[str] |
     documents = []
     for where, record in records:
         kind = str(record.get("UID") or record.get("linguistics_term") or _KIND)
-        words = [_critical_word(record, record[key], which, kind) for key, which in zip(_SENTENCES, _WHICH, strict=True)]
-        marks = int(None not in words)
-        for variant, key in enumerate(_SENTENCES):
-            text = record[key]
-            if not isinstance(text, str) or not text.strip():
-                raise EvaluationSetError(f'{where}: "{key}" must be a sentence; found {text!r:.80}.')
-            span = _critical_word(record, text, "good" if variant == 0 else "bad", kind)
-            documents.append(
-                Document(text, where, () if span is None else (span,), member=Member(where, variant, kind))
-            )
+        for key in _SENTENCES:
+            if not isinstance(record[key], str) or not record[key].strip():
+                raise EvaluationSetError(f'{where}: "{key}" must be a sentence; found {record[key]!r:.80}.')
+        spans = [_critical_word(record, record[key], key.removeprefix("sentence_"), kind) for key in _SENTENCES]
+        marks = int(None not in spans)
+        for variant, (key, span) in enumerate(zip(_SENTENCES, spans, strict=True)):
+            member = Member(where, variant, kind, marks)
+            documents.append(Document(record[key], where, (span,) if span and marks else (), member=member))
     return documents
 
 
@@ -114,17 +112,16 @@ def _interventions(
         kind = record.get("kind")
         if not isinstance(kind, str) or not kind:
             raise EvaluationSetError(f'{where}: "kind" must name the change; found {kind!r:.80}.')
-        counts = []
-        for variant, key in enumerate(_MEMBERS):
-            document = documents[2 * index + variant]
-            spans = _positions(record, key, kind, where)
-            counts.append(len(spans))
-            found.append(replace(document, spans=(*document.spans, *spans), member=Member(where, variant, kind)))
-        if counts[0] != counts[1]:
+        marked = [_positions(record, key, kind, where) for key in _MEMBERS]
+        if len(marked[0]) != len(marked[1]):
             raise EvaluationSetError(
                 f'{where}: "original_positions" and "changed_positions" are compared one by one, but they name '
-                f"{counts[0]} and {counts[1]} words."
+                f"{len(marked[0])} and {len(marked[1])} words."
             )
+        for variant, spans in enumerate(marked):
+            document = documents[2 * index + variant]
+            member = Member(where, variant, kind, len(spans))
+            found.append(replace(document, spans=(*document.spans, *spans), member=member))
     return found
 
 

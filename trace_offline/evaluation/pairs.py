@@ -52,20 +52,26 @@ class Pairs:
 def check_pairs(
     pair: npt.NDArray[np.integer],
     variant: npt.NDArray[np.integer],
+    n: int,
     split: npt.NDArray[np.integer] | None,
     annotations: Annotations,
     where: str,
 ) -> Pairs:
-    """``pair [N]`` and ``variant [N]`` as Pairs.
+    """``pair [N]`` and ``variant [N]`` of N = ``n`` rows as Pairs.
 
     Two rows a pair, one of each variant; variant 1 last and only in pairs; both members on one side of the split;
     annotations of the task ``violation`` only in pairs, of one label a pair, and in both members or neither.
     Raises EvaluationSetError naming the pair.
     """
-    pair, variant = pair.astype(np.int64), variant.astype(np.int64)
 
     def refuse(what: str) -> None:
         raise EvaluationSetError(f"{where}: {what}")
+
+    for name, values in (("pair", pair), ("variant", variant)):
+        if values.shape != (n,) or values.dtype.kind not in "iu":
+            refuse(f"{name} must be {n} whole numbers, one for each row; found {values.dtype} {values.shape}.")
+    found = Pairs(pair.astype(np.int64), variant.astype(np.int64))
+    pair, variant = found.pair, found.variant
 
     if (pair < -1).any() or ((variant != 0) & (variant != 1)).any():
         refuse("pair must be 0 or more, or -1 for rows without a pair, and variant 0 (original) or 1 (changed).")
@@ -83,7 +89,6 @@ def check_pairs(
     if (np.diff(variant) < 0).any():
         row = int(np.flatnonzero(np.diff(variant) < 0)[0])
         refuse(f"row {row} is changed (variant 1) and row {row + 1} is not; put the changed rows after all others.")
-    found = Pairs(pair, variant)
     members = found.members()
     if split is not None:
         torn = np.flatnonzero(split[members[:, 0]] != split[members[:, 1]])

@@ -10,7 +10,7 @@ length of the longest n-gram that ends with the token, lies in its row and occur
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,10 @@ class TrainingText:
     matched: npt.NDArray[np.int32]
     context: npt.NDArray[np.int32]
     levels: tuple[Level, ...]
+
+    def first(self, n: int) -> TrainingText:
+        """What it says about the first ``n`` rows."""
+        return replace(self, seen=self.seen[:n], matched=self.matched[:n], context=self.context[:, :n])
 
     def tensors(self) -> dict[str, npt.NDArray[Any]]:
         """By name, in the order in which they are hashed."""

@@ -14,6 +14,8 @@ from trace_offline.core.errors import EvaluationSetError
 from trace_offline.evaluation import format as form
 from trace_offline.evaluation import validate
 from trace_offline.evaluation.annotations import Alternatives, Annotations
+from trace_offline.evaluation.origin import corpus_record, tokenizer_json
+from trace_offline.evaluation.pairs import Pairs
 from trace_offline.evaluation.training_text import TrainingText, compare
 
 
@@ -38,6 +40,9 @@ def save_evaluation_set(
     alternatives: Iterable[tuple[int, int, int]] | None = None,
     training_ids: Any = None,
     training_mask: Any = None,
+    pair: Any = None,
+    variant: Any = None,
+    corpus: Any = None,
 ) -> Path:
     """Write fixed evaluation batches next to the checkpoints; call once, before or after training.
 
@@ -57,6 +62,12 @@ def save_evaluation_set(
     have), and ``training_mask`` when they are padded. Their n-gram counts are kept as far as the rows of the set need
     them, and which rows occur among them; the text itself is not.
 
+    ``pair [N]``, ``variant [N]``: minimal pairs: rows that share a number of ``pair`` (−1: none) are the original
+    (variant 0) and the changed member (variant 1; these rows come last); annotations of the task ``violation`` mark the
+    tokens to compare in both, with the kind of change as the label.
+    ``corpus``: the parameters of the synthetic corpus that the text comes from (``CorpusParams``, ``Origin`` or their
+    records); with it the tokenizer is kept, so that sampled text can be judged by the grammar.
+
     Calling again with the same content does nothing. Raises EvaluationSetError for content that does not hold together
     or when the folder holds a different set.
     """
@@ -75,6 +86,7 @@ def save_evaluation_set(
     else:
         mask = given * _like(attention_mask, ids, "attention_mask", where, 0)
     special = [int(token) for token in special_token_ids] or _special_tokens(tokenizer)
+    origin = corpus_record(corpus, where)
     contents = form.Contents(
         input_ids=padded_ids,
         attention_mask=mask,
@@ -86,6 +98,8 @@ def save_evaluation_set(
         training_text=None
         if training_ids is None
         else _training(padded_ids, mask, special, training_ids, training_mask, tokenizer, where),
+        pairs=_pairs(pair, variant, where),
+        tokenizer=None if origin is None else tokenizer_json(tokenizer),
     )
     description = form.Description(
         objective=objective,
@@ -93,6 +107,7 @@ def save_evaluation_set(
         alignment=alignment,
         special_token_ids=tuple(sorted(set(special))),
         multi_label=tuple(sorted(set(multi_label))),
+        corpus=origin,
         name=name,
         tokenizer_hash=_tokenizer_hash(tokenizer),
         tokenizer=_tokenizer_name(tokenizer),
@@ -208,6 +223,12 @@ def _alternatives(given: Iterable[tuple[int, int, int]], where: str) -> Alternat
             ) from error
         rows.append((row, position, token))
     return Alternatives.from_tuples(rows)
+
+
+def _pairs(pair: Any, variant: Any, where: str) -> Pairs | None:
+    if (pair is None) != (variant is None):
+        raise EvaluationSetError(f"{where}: minimal pairs need both pair and variant; one was given.")
+    return None if pair is None else Pairs(_vector(pair, "pair", where), _vector(variant, "variant", where))
 
 
 def _training(
