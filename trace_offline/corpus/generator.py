@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from trace_offline.core.errors import UsageError
+from trace_offline.corpus.forms import write_corpus
 from trace_offline.corpus.grammar import (
     AGENT_PHRASE,
     COMPLEXITIES,
@@ -23,7 +24,7 @@ from trace_offline.corpus.lexicon import build_lexicon, inflect, participle
 from trace_offline.corpus.lexis import lexis
 from trace_offline.corpus.params import CorpusParams, Origin, write_origin
 from trace_offline.corpus.sampling import drawer, uniform_stream
-from trace_offline.corpus.sentence import AnnotatedSentence, Clause, write_jsonl
+from trace_offline.corpus.sentence import AnnotatedSentence, Clause
 
 
 @dataclass(slots=True)
@@ -212,15 +213,17 @@ def generate(seed: int, params: CorpusParams | None = None) -> Iterator[Annotate
         yield writer.sentence()
 
 
-def generate_to_file(path: Path | str, sentences: int, seed: int, params: CorpusParams | None = None) -> int:
-    """Write the first ``sentences`` sentences of :func:`generate` as JSONL; returns their number.
+def generate_to_file(
+    path: Path | str, sentences: int, seed: int, params: CorpusParams | None = None, *, form: str = "jsonl"
+) -> int:
+    """Write the first ``sentences`` sentences of :func:`generate` in one of ``FORMS``; returns their number.
 
     Beside the file goes ``FILE.params.json``, from which others can rebuild the grammar (``read_origin``).
-    Raises UsageError for a count below 1 or a negative seed.
+    Raises UsageError for a count below 1, a negative seed and an unknown form.
     """
     if sentences < 1:
         raise UsageError(f"corpus: the number of sentences must be at least 1, found {sentences}.")
-    params = params or CorpusParams()
-    count = write_jsonl(path, islice(generate(seed, params), sentences))
-    write_origin(path, Origin(seed, sentences, params))
+    origin = Origin(seed, sentences, params or CorpusParams())
+    count = write_corpus(path, islice(generate(seed, origin.params), sentences), form, origin=origin)
+    write_origin(path, origin)
     return count
