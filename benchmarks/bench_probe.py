@@ -64,9 +64,10 @@ def tables() -> tuple[Any, list[Any], dict[int, torch.Tensor]]:
     return evaluation, prepared, found
 
 
-def ours(table: torch.Tensor, ready: Any) -> tuple[float, Any]:
-    """CPU seconds and the final fit."""
-    from trace_offline.analyzers import _probe_fit
+def ours(table: torch.Tensor, prepared: list[Any]) -> tuple[float, Any]:
+    """CPU seconds and the final fit of all tasks, in the order of tasks, layers, label sets."""
+    from trace_offline.analyzers._probe_fit import FitOptions
+    from trace_offline.analyzers._probe_scores import fit_tasks
     from trace_offline.estimators.logistic import LogisticProblems
 
     kept = []
@@ -80,13 +81,13 @@ def ours(table: torch.Tensor, ready: Any) -> tuple[float, Any]:
     LogisticProblems.solve = keep  # type: ignore[method-assign]
     try:
         started = time.process_time()
-        list(_probe_fit.fit_layers(table, range(len(table)), ready, _probe_fit.FitOptions(PENALTIES)))
+        fit_tasks(list(table), range(len(table)), prepared, FitOptions(PENALTIES))
         return time.process_time() - started, kept[-1]
     finally:
         LogisticProblems.solve = solve  # type: ignore[method-assign]
 
 
-def by_sklearn(table: torch.Tensor, ready: Any, fit: Any) -> tuple[float, list[float]]:
+def by_sklearn(table: torch.Tensor, ready: Any, fit: Any, first: int) -> tuple[float, list[float]]:
     """CPU seconds of the loop, and ours/theirs of the objective wherever both chose the same penalty."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
@@ -118,10 +119,11 @@ def by_sklearn(table: torch.Tensor, ready: Any, fit: Any) -> tuple[float, list[f
             model.coef_, model.intercept_ = best[2], best[3]
             model.fit(x[both], y[both])
             seconds += time.process_time() - started
-            if np.isclose(best[1], float(fit.penalty[layer, s])):
+            number = first + 2 * layer + s
+            if np.isclose(best[1], float(fit.penalty[number])):
                 log_p = model.predict_log_proba(x[both].astype(np.float64))[np.arange(len(both)), y[both]]
                 objective = -log_p.mean() + 0.5 * best[1] * float((model.coef_.astype(np.float64) ** 2).sum())
-                ratios.append(float(fit.objective[layer, s]) / objective)
+                ratios.append(float(fit.objective[number]) / objective)
     return seconds, ratios
 
 
@@ -159,14 +161,14 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     evaluation, prepared, found = tables()
-    ours(found[0], prepared[-1])
+    ours(found[0], prepared)
     mine = theirs = 0.0
     ratios: list[float] = []
     for step in TIMED_STEPS:
-        for ready in prepared:
-            seconds, fit = ours(found[step], ready)
-            mine += seconds
-            seconds, some = by_sklearn(found[step], ready, fit)
+        seconds, fit = ours(found[step], prepared)
+        mine += seconds
+        for place, ready in enumerate(prepared):
+            seconds, some = by_sklearn(found[step], ready, fit, 2 * place * len(found[step]))
             theirs += seconds
             ratios += some
     row = result(

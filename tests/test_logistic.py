@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,31 @@ from sklearn.metrics import log_loss
 from torch import Tensor
 
 from trace_offline.core.errors import UsageError
-from trace_offline.estimators.logistic import LogisticProblems, fit_logistic, fit_path
+from trace_offline.estimators.logistic import LogisticFit, LogisticProblems, Problem, fit_logistic, fit_path
+
+
+def grid(features: Tensor, labels: Tensor, classes: int) -> tuple[list[Tensor], list[Problem]]:
+    """Every feature matrix ``[L, n, D]`` with every label set ``[S, n]``."""
+    sets = list(labels)
+    return list(features), [Problem(layer, y, classes) for layer in range(len(features)) for y in sets]
+
+
+def solve_grid(features: Tensor, labels: Tensor, classes: int, penalty: Any, **options: Any) -> SimpleNamespace:
+    """All fits of ``grid``, each field as ``[L, S, …]``."""
+    if isinstance(penalty, Tensor):
+        penalty = penalty.flatten()
+    return as_grid(fit_logistic(*grid(features, labels, classes), penalty, **options), len(features))
+
+
+def as_grid(fit: LogisticFit, layers: int) -> SimpleNamespace:
+    fields = {name: getattr(fit, name) for name in LogisticFit.__dataclass_fields__}
+    stacked = {name: torch.stack(v) if isinstance(v, tuple) else v for name, v in fields.items()}
+    return SimpleNamespace(**{name: v.view(layers, -1, *v.shape[1:]) for name, v in stacked.items()})
+
+
+def log_probabilities(fit: SimpleNamespace, x: Tensor) -> Tensor:
+    """``log p [n, K]`` of the only problem."""
+    return (x.to(fit.weights.dtype) @ fit.weights[0, 0].T + fit.intercepts[0, 0]).log_softmax(-1)
 
 
 def draw(n: int, width: int, classes: int, scale: float, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -85,26 +112,26 @@ def test_same_objective_as_sklearn(case: str, penalty: float, dtype: torch.dtype
     x, y = CASES[case]()
     classes = int(y.max()) + 1
     reference, model = by_sklearn(x, y, classes, penalty)
-    fit = fit_logistic(x[None], y[None], classes, penalty, dtype=dtype)
+    fit = solve_grid(x[None], y[None], classes, penalty, dtype=dtype)
     found = objective(x, y, fit.weights[0, 0], fit.intercepts[0, 0], penalty)
     assert found == pytest.approx(reference, rel=1e-4)
     assert float(fit.objective) == pytest.approx(found, rel=1e-5)
     assert bool(fit.converged)
-    ours = fit.log_probabilities(x, 0)[0].exp().numpy()
+    ours = log_probabilities(fit, x).exp().numpy()
     np.testing.assert_allclose(ours, model.predict_proba(x.double().numpy()), atol=0.02)
 
 
 def test_weak_penalty_on_separable_data_is_finite_and_right() -> None:
     x, y = CASES["separable"]()
-    fit = fit_logistic(x[None], y[None], 4, 1e-6, dtype=torch.float64)
+    fit = solve_grid(x[None], y[None], 4, 1e-6, dtype=torch.float64)
     assert bool(fit.weights.isfinite().all() and fit.intercepts.isfinite().all())
     assert float(fit.objective) == pytest.approx(by_sklearn(x, y, 4, 1e-6)[0], rel=1e-4)
-    assert bool((fit.log_probabilities(x, 0)[0].argmax(1) == y).all())
+    assert bool((log_probabilities(fit, x).argmax(1) == y).all())
 
 
 def test_gradient_vanishes_at_the_solution() -> None:
     x, y = CASES["middling"]()
-    fit = fit_logistic(x[None], y[None], 8, 1e-3, dtype=torch.float64, tolerance=1e-8)
+    fit = solve_grid(x[None], y[None], 8, 1e-3, dtype=torch.float64, tolerance=1e-8)
     weights, intercept = fit.weights[0, 0].clone().requires_grad_(), fit.intercepts[0, 0].clone().requires_grad_()
     loss = torch.nn.functional.cross_entropy(x.double() @ weights.T + intercept, y)
     (loss + 0.5e-3 * weights.square().sum()).backward()
@@ -116,10 +143,10 @@ def test_batch_of_layers_and_label_sets_equals_one_by_one() -> None:
     layers = [draw(500, 16, 4, scale, seed)[0] for seed, scale in enumerate((1.0, 3.0, 5.0))]
     sets = torch.stack([draw(500, 16, 4, 3.0, seed)[1] for seed in (1, 2)])
     penalty = torch.tensor([[1e-3, 1e-2], [1e-1, 1e-3], [1.0, 1e-4]])
-    together = fit_logistic(torch.stack(layers), sets, 4, penalty, dtype=torch.float64)
+    together = solve_grid(torch.stack(layers), sets, 4, penalty, dtype=torch.float64)
     for layer in range(3):
         for s in range(2):
-            alone = fit_logistic(layers[layer][None], sets[s][None], 4, float(penalty[layer, s]), dtype=torch.float64)
+            alone = solve_grid(layers[layer][None], sets[s][None], 4, float(penalty[layer, s]), dtype=torch.float64)
             assert float(together.objective[layer, s]) == pytest.approx(float(alone.objective), rel=1e-6)
             torch.testing.assert_close(together.weights[layer, s], alone.weights[0, 0], atol=5e-3, rtol=0)
     assert together.penalty.tolist() == penalty.double().tolist()
@@ -127,25 +154,25 @@ def test_batch_of_layers_and_label_sets_equals_one_by_one() -> None:
 
 def test_deterministic() -> None:
     x, y = CASES["imbalanced"]()
-    first, second = (fit_logistic(x[None], y[None], 5, 1e-4) for _ in range(2))
+    first, second = (solve_grid(x[None], y[None], 5, 1e-4) for _ in range(2))
     assert torch.equal(first.weights, second.weights)
     assert torch.equal(first.intercepts, second.intercepts)
 
 
 def test_intercept_is_not_penalised() -> None:
     x, y = CASES["imbalanced"]()
-    plain = fit_logistic(x[None], y[None], 5, 1e-2, dtype=torch.float64)
-    shifted = fit_logistic((x.double() + 100.0)[None], y[None], 5, 1e-2, dtype=torch.float64)
+    plain = solve_grid(x[None], y[None], 5, 1e-2, dtype=torch.float64)
+    shifted = solve_grid((x.double() + 100.0)[None], y[None], 5, 1e-2, dtype=torch.float64)
     assert float(shifted.objective) == pytest.approx(float(plain.objective), rel=1e-9)
-    huge = fit_logistic(x[None], y[None], 5, 1e6, dtype=torch.float64)
+    huge = solve_grid(x[None], y[None], 5, 1e6, dtype=torch.float64)
     shares = torch.bincount(y).double() / len(y)
-    torch.testing.assert_close(huge.log_probabilities(x, 0)[0].exp()[0], shares, atol=1e-4, rtol=0)
+    torch.testing.assert_close(log_probabilities(huge, x).exp()[0], shares, atol=1e-4, rtol=0)
     assert float(huge.intercepts.sum()) == pytest.approx(0.0, abs=1e-9)
 
 
 def test_features_without_variance_give_the_class_shares() -> None:
     y = torch.tensor([0] * 6 + [1] * 3 + [2])
-    fit = fit_logistic(torch.full((1, 10, 4), 7.0), y[None], 3, 1e-3)
+    fit = solve_grid(torch.full((1, 10, 4), 7.0), y[None], 3, 1e-3)
     assert float(fit.nll) == pytest.approx(-float(torch.tensor([0.6, 0.3, 0.1]).log() @ torch.tensor([0.6, 0.3, 0.1])))
     assert bool((fit.weights == 0).all())
 
@@ -153,8 +180,8 @@ def test_features_without_variance_give_the_class_shares() -> None:
 def test_class_without_training_rows_gets_no_probability() -> None:
     x, y = draw(600, 10, 3, 2.0)
     gap = torch.where(y == 2, 3, y)
-    fit = fit_logistic(x[None], gap[None], 4, 1e-2, dtype=torch.float64)
-    p = fit.log_probabilities(x, 0)[0].exp()
+    fit = solve_grid(x[None], gap[None], 4, 1e-2, dtype=torch.float64)
+    p = log_probabilities(fit, x).exp()
     assert float(p[:, 2].max()) < 1e-12
     reference, model = by_sklearn(x, y, 3, 1e-2)
     assert float(fit.objective) == pytest.approx(reference, rel=1e-4)
@@ -164,8 +191,8 @@ def test_class_without_training_rows_gets_no_probability() -> None:
 def test_class_that_appears_only_after_a_warm_start() -> None:
     x, y = draw(600, 10, 4, 2.0)
     known = y < 3
-    start = fit_logistic(x[known][None], y[known][None], 4, 1e-2, dtype=torch.float64)
-    warm = LogisticProblems(x[None], y[None], 4, torch.float64).solve(1e-2, start)
+    start = fit_logistic([x[known]], [Problem(0, y[known], 4)], 1e-2, dtype=torch.float64)
+    warm = LogisticProblems([x], [Problem(0, y, 4)], torch.float64).solve(1e-2, start)
     assert float(warm.objective) == pytest.approx(by_sklearn(x, y, 4, 1e-2)[0], rel=1e-4)
 
 
@@ -174,33 +201,33 @@ def test_path_chooses_as_sklearn_does() -> None:
     held_x = x[250:]
     noise = torch.randint(0, 4, (400,), generator=torch.Generator().manual_seed(5))
     sets = torch.stack([y, noise])
-    grid = (1e-4, 1.0, 1e-2, 1e-1, 1e-3)
-    problems = LogisticProblems(x[None, :250], sets[:, :250], 4, torch.float64)
-    chosen, history = fit_path(problems, held_x[None], sets[:, 250:], grid, tolerance=1e-6)
+    penalties = (1e-4, 1.0, 1e-2, 1e-1, 1e-3)
+    problems = LogisticProblems([x[:250]], [Problem(0, row[:250], 4) for row in sets], torch.float64)
+    chosen, history = fit_path(problems, [held_x], list(sets[:, 250:]), penalties, tolerance=1e-6)
     for s in range(2):
         scores = {}
-        for penalty in grid:
+        for penalty in penalties:
             model = by_sklearn(x[:250], sets[s, :250], 4, penalty)[1]
             scores[penalty] = log_loss(sets[s, 250:].numpy(), model.predict_proba(held_x.double().numpy()))
         best = min(scores, key=scores.__getitem__)
-        assert float(chosen.penalty[0, s]) == pytest.approx(best)
-        for row, penalty in zip(history[:, 0, s].tolist(), sorted(grid, reverse=True), strict=False):
+        assert float(chosen.penalty[s]) == pytest.approx(best)
+        for row, penalty in zip(history[:, s].tolist(), sorted(penalties, reverse=True), strict=False):
             assert row == float("inf") or row == pytest.approx(scores[penalty], rel=1e-3)
-    assert float(chosen.penalty[0, 0]) < float(chosen.penalty[0, 1])
-    cold = fit_logistic(x[None, :250], sets[:, :250], 4, chosen.penalty, dtype=torch.float64, tolerance=1e-6)
-    torch.testing.assert_close(chosen.objective, cold.objective, rtol=1e-6, atol=0)
+    assert float(chosen.penalty[0]) < float(chosen.penalty[1])
+    cold = solve_grid(x[None, :250], sets[:, :250], 4, chosen.penalty, dtype=torch.float64, tolerance=1e-6)
+    torch.testing.assert_close(chosen.objective, cold.objective[0], rtol=1e-6, atol=0)
 
 
 def test_path_ends_after_two_rises() -> None:
     x, y = draw(60, 40, 3, 0.0, seed=1)
-    problems = LogisticProblems(x[None, :40], y[None, :40], 3)
-    _, history = fit_path(problems, x[None, 40:], y[None, 40:], (10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4))
+    problems = LogisticProblems([x[:40]], [Problem(0, y[:40], 3)])
+    _, history = fit_path(problems, [x[40:]], [y[40:]], (10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4))
     assert 3 <= len(history) < 6
 
 
 def test_iteration_limit_is_reported() -> None:
     x, y = CASES["easy"]()
-    fit = fit_logistic(x[None], y[None], 5, 1e-4, max_iterations=2)
+    fit = solve_grid(x[None], y[None], 5, 1e-4, max_iterations=2)
     assert not bool(fit.converged)
     assert int(fit.iterations) == 2
     assert float(fit.gradient_norm) > 1e-4
@@ -219,10 +246,10 @@ def test_iteration_limit_is_reported() -> None:
 )
 def test_refusals(features: Tensor, labels: Tensor, classes: int, penalty: float, text: str) -> None:
     with pytest.raises(UsageError, match=text):
-        fit_logistic(features, labels, classes, penalty)
+        solve_grid(features, labels, classes, penalty)
 
 
 def test_empty_grid_is_refused() -> None:
     x, y = draw(50, 4, 3, 1.0)
     with pytest.raises(UsageError, match="at least one penalty"):
-        fit_path(LogisticProblems(x[None], y[None], 3), x[None], y[None], ())
+        fit_path(LogisticProblems([x], [Problem(0, y, 3)]), [x], [y], ())

@@ -18,7 +18,8 @@ from trace_offline.analyzers.probe_weights import load_probe
 from trace_offline.core.errors import UsageError
 from trace_offline.core.types import Array, Artifact, Measurement, Result
 from trace_offline.estimators.centre_of_gravity import centre_of_gravity, expected_layer
-from trace_offline.estimators.description_length import block_ends, online_code
+from trace_offline.estimators.description_length import block_ends, linear_fit, online_code
+from trace_offline.estimators.logistic import Problem
 from trace_offline.estimators.mlp_probe import fit_mlp
 from trace_offline.estimators.splits import Part
 
@@ -128,15 +129,15 @@ def test_blocks_end_with_their_groups() -> None:
 
 def test_labels_that_nothing_foretells_cost_their_entropy() -> None:
     rng = np.random.default_rng(0)
-    x = torch.from_numpy(rng.standard_normal((1, 2000, 4))).float()
-    y = torch.from_numpy((rng.random((1, 2000)) < 0.2).astype(np.int64))
+    x = torch.from_numpy(rng.standard_normal((2000, 4))).float()
+    y = torch.from_numpy((rng.random(2000) < 0.2).astype(np.int64))
     ends = block_ends(np.arange(2000), (0.05, 0.1, 0.2, 0.4, 1.0))
-    bits = online_code(x, y, 2, torch.tensor([[1.0]]), ends)
-    assert bits.shape == (1, 1, 2000)
-    np.testing.assert_allclose(bits[0, 0, :100], 1.0)
+    (bits,) = online_code([x], [Problem(0, y, 2)], [ends], linear_fit(torch.ones(1), [2000]))
+    assert bits.shape == (2000,)
+    np.testing.assert_allclose(bits[:100], 1.0)
     share = float(y.double().mean())
     entropy = -(share * np.log2(share) + (1 - share) * np.log2(1 - share))
-    assert bits[0, 0, 100:].mean() == pytest.approx(entropy, rel=0.03)
+    assert bits[100:].mean() == pytest.approx(entropy, rel=0.03)
 
 
 def test_code_is_that_of_the_classifiers_themselves() -> None:
@@ -150,17 +151,16 @@ def test_code_is_that_of_the_classifiers_themselves() -> None:
         model = LogisticRegression(C=1 / (400 * penalty), tol=1e-10, max_iter=2000).fit(x[:begin], y[:begin])
         p = model.predict_proba(x[begin:end])[np.arange(end - begin), y[begin:end]]
         expected += -np.log2(p * begin / (begin + 1) + 1 / (begin + 1) / 3).sum()
-    bits = online_code(
-        torch.from_numpy(x)[None].float(), torch.from_numpy(y)[None], 3, torch.tensor([[penalty]]), ends, tolerance=1e-6
-    )
+    fit = linear_fit(torch.tensor([penalty]), [400], tolerance=1e-6)
+    (bits,) = online_code([torch.from_numpy(x).float()], [Problem(0, torch.from_numpy(y), 3)], [ends], fit)
     assert bits.sum() == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_class_never_seen_before_costs_a_finite_number_of_bits() -> None:
-    x = torch.randn(1, 20, 2, generator=torch.Generator().manual_seed(0))
-    y = torch.tensor([[0, 1] * 5 + [2] * 10])
-    bits = online_code(x, y, 3, torch.tensor([[0.1]]), [10, 20])
-    np.testing.assert_allclose(bits[0, 0, 10:], np.log2(3 * 11), rtol=1e-6)
+    x = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([0, 1] * 5 + [2] * 10)
+    (bits,) = online_code([x], [Problem(0, y, 3)], [[10, 20]], linear_fit(torch.tensor([0.1]), [20]))
+    np.testing.assert_allclose(bits[10:], np.log2(3 * 11), rtol=1e-6)
 
 
 def test_code_length_in_the_analyzer() -> None:
@@ -185,22 +185,35 @@ def test_code_length_in_the_analyzer() -> None:
 def test_a_hidden_layer_learns_what_no_line_can() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 1500, 2, generator=generator)
-    y = ((x[0, :, 0] * x[0, :, 1]) > 0).long()[None]
-    fit = fit_mlp(x[:, :1000], y[:, :1000], x[:, 1000:1250], y[:, 1000:1250], 2, width=32)
-    correct = [(fit.log_probabilities(x[i, 1250:], i)[0].argmax(1) == y[0, 1250:]).float().mean() for i in (0, 1)]
+    y = ((x[0, :, 0] * x[0, :, 1]) > 0).long()
+    held = y[1000:1250]
+    problems = [Problem(layer, y[:1000], 2) for layer in (0, 1)]
+    fit = fit_mlp(list(x[:, :1000]), problems, list(x[:, 1000:1250]), [held, held], width=32)
+    correct = [(fit.log_probabilities(x[i, 1250:], i).argmax(1) == y[1250:]).float().mean() for i in (0, 1)]
     assert correct[0] > 0.93
     assert 0.35 < correct[1] < 0.65
-    assert float(fit.nll[1, 0]) == pytest.approx(np.log(2), abs=0.03)
-    assert bool(fit.converged[1, 0])
+    assert float(fit.nll[1]) == pytest.approx(np.log(2), abs=0.03)
+    assert bool(fit.converged[1])
 
 
 def test_problems_of_a_batch_do_not_touch_each_other() -> None:
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randn(2, 300, 4, generator=generator), torch.randint(0, 3, (2, 300), generator=generator)
-    together = fit_mlp(x[:, :200], y[:, :200], x[:, 200:], y[:, 200:], 3, width=8, max_passes=6)
-    alone = fit_mlp(x[1:, :200], y[1:, :200], x[1:, 200:], y[1:, 200:], 3, width=8, max_passes=6)
-    torch.testing.assert_close(together.w1[1, 1], alone.w1[0, 0], atol=1e-5, rtol=1e-4)
-    assert int(together.passes[1, 1]) == int(alone.passes[0, 0])
+    few, two = torch.arange(90), torch.randint(0, 2, (300,), generator=generator)
+    features, held = [x[0, :200], x[1, :200], x[0, few]], [x[0, 200:], x[1, 200:], x[1, 200:]]
+    problems = [Problem(layer, labels[:200], 3) for layer in (0, 1) for labels in y] + [Problem(2, two[few], 2)]
+    labels = [y[0, 200:], y[1, 200:], y[0, 200:], y[1, 200:], two[200:]]
+    options = {"width": 8, "max_passes": 30, "patience": 2}
+    together = fit_mlp(features, problems, held, labels, seeds=[0, 0, 0, 0, 5], **options)
+    for number, seed in ((3, 0), (4, 5)):
+        problem = problems[number]
+        one = Problem(0, problem.labels, problem.n_classes)
+        design = problem.design
+        alone = fit_mlp([features[design]], [one], [held[design]], [labels[number]], seeds=seed, **options)
+        for part in ("w1", "b1", "w2", "b2"):
+            torch.testing.assert_close(getattr(together, part)[number], getattr(alone, part)[0], atol=1e-5, rtol=1e-4)
+        assert int(together.passes[number]) == int(alone.passes[0])
+    assert len(set(together.passes.tolist())) > 1
 
 
 def test_kind_mlp_in_the_analyzer() -> None:
@@ -209,7 +222,11 @@ def test_kind_mlp_in_the_analyzer() -> None:
     accuracy = one(found, "accuracy", layer=1, task="tag")
     assert abs(accuracy.value - norm.cdf(2.0)) <= 3 * accuracy.stderr
     assert one(found, "penalty", layer=1, task="tag").reason == "a probe with a hidden layer has no penalty"
-    assert "linear probes only" in one(found, "codelength", layer=1, task="tag").reason
+    n = one(found, "codelength", layer=1, task="tag").n
+    noise, clear = (one(found, "codelength", layer=layer, task="tag").value for layer in (0, 1))
+    assert noise == pytest.approx(n, rel=0.1)
+    assert clear < 0.7 * n
+    assert one(found, "control_codelength", layer=1, task="tag").value > 0.9 * n
     again, _ = run(ProbeAnalyzer(), evaluation, hidden=hidden, kind="mlp", hidden_width=16, codelength=True)
     assert found == again
 

@@ -9,7 +9,8 @@ from analyzer_fakes import FakeEvaluation, one, run
 from scipy.stats import norm
 
 from trace_offline.analyzers._probe_data import TaskWords, prepare
-from trace_offline.analyzers._probe_fit import FitOptions, LayerScores, fit_layers
+from trace_offline.analyzers._probe_fit import FitOptions
+from trace_offline.analyzers._probe_scores import LayerScores, fit_tasks
 from trace_offline.analyzers.probe import ProbeAnalyzer
 from trace_offline.estimators.splits import split_groups
 
@@ -37,7 +38,7 @@ def simulate(correlation: float, rows: int = 300, length: int = 5, seed: int = 0
     states = np.sqrt(correlation) * common + np.sqrt(1 - correlation) * rng.standard_normal(shape)
     states[..., 0] += DISTANCE * (label - 0.5)
     table = torch.from_numpy(states.reshape(REPETITIONS, -1, WIDTH).astype(np.float32))
-    return list(fit_layers(table, range(REPETITIONS), ready, FitOptions((1.0, 0.1, 0.01))))
+    return fit_tasks(list(table), range(REPETITIONS), [ready], FitOptions((1.0, 0.1, 0.01)))[0]
 
 
 def true_accuracy(found: LayerScores) -> float:

@@ -1,12 +1,12 @@
-"""Fit and score the probes of one task: all layers and label sets in one batch of problems.
+"""Fit the probes of a checkpoint: all layers, tasks, repetitions and label sets as one list of problems.
 
-Shape letters: L+1 layers, M words of the task, D width, K classes, S label sets (real, control).
+Shape letters: L+1 layers, U words of the table, M words of one task, D width, K classes, S label sets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,16 +15,14 @@ from torch import Tensor
 
 from trace_offline.analyzers._probe_data import Prepared
 from trace_offline.analyzers.probe_weights import Probe, scaling
-from trace_offline.estimators.calibration import CalibrationBins
-from trace_offline.estimators.classification import ClassificationScores, mean_by_cluster, score
-from trace_offline.estimators.clustered import JACKKNIFE_GROUPS, Codes, Estimate, cluster_codes
-from trace_offline.estimators.description_length import block_ends, online_code
-from trace_offline.estimators.logistic import LogisticProblems, fit_path
-from trace_offline.estimators.mlp_probe import fit_mlp
+from trace_offline.estimators.clustered import Codes
+from trace_offline.estimators.description_length import Fit, block_ends, linear_fit, online_code
+from trace_offline.estimators.logistic import LogisticProblems, Problem, fit_path
+from trace_offline.estimators.mlp_probe import MlpFit, fit_mlp
 from trace_offline.estimators.splits import Part
 
 MEMORY_NUMBERS = 1 << 27
-"""Numbers held for the layers that are solved together (512 MB in float32)."""
+"""Numbers held for the problems that are solved together (512 MB in float32)."""
 
 PATH_TOLERANCE = 20.0
 """Times the tolerance while penalties are compared on validation words: their NLL differs by far more than that."""
@@ -46,40 +44,30 @@ class FitOptions:
     device: str = "cpu"
 
 
-@dataclass(frozen=True)
-class CodeLength:
-    """Bits of all training labels with their standard error, and the uniform code's bits divided by them."""
-
-    bits: Estimate
-    compression: Estimate
-    n: int
-
-
-@dataclass(frozen=True)
-class LayerScores:
-    """Scores of one layer; ``control`` None when no control task was asked for. ``penalty`` of the real probe, None
-    for a probe with a hidden layer. ``probe``: the real one.
+@dataclass(frozen=True, eq=False)
+class Request:
+    """Probes on ``matrix [U, D]`` (hidden states of one layer, finite) for the words and parts of ``prepared``: one for
+    each of the label sets ``labels [S][M]``, 0…classes−1. ``code``: also its online code, if codes are asked for.
     """
 
-    layer: int
-    real: ClassificationScores
-    control: ClassificationScores | None
-    calibration: Estimate
-    penalty: float | None
-    converged: bool
-    code: CodeLength | None
-    control_code: CodeLength | None
-    probe: Probe
+    matrix: Tensor
+    prepared: Prepared
+    labels: Sequence[Codes]
+    classes: int
+    seed: int = 0
+    code: bool = True
 
 
 @dataclass(frozen=True)
-class _Fitted:
-    """``probes[layer][set]``, ``penalties[layer][set]``, and whether all fits of a layer converged."""
+class Fitted:
+    """For each label set of a request the probe and its penalty (None with a hidden layer); whether all converged;
+    ``bits [S, n]`` of the labels of the training words in their order, or None.
+    """
 
-    probes: list[list[Probe]]
-    penalties: list[list[float | None]]
-    converged: list[bool]
-    code_bits: NDArray[np.float64] | None
+    probes: list[Probe]
+    penalties: list[float | None]
+    converged: bool
+    bits: NDArray[np.float64] | None
 
 
 def standardise(table: Tensor, train: Tensor) -> Tensor:
@@ -90,164 +78,183 @@ def standardise(table: Tensor, train: Tensor) -> Tensor:
     return torch.stack([Probe(*scaling(matrix[train]), {}).standardised(matrix) for matrix in table])
 
 
-def _layer_batches(layers: Sequence[int], prepared: Prepared, width: int, sets: int) -> Iterator[list[int]]:
-    """Consecutive layers whose problems fit into memory together; at least one."""
-    words = len(prepared.label)
-    per_layer = words * (4 * width + 6 * sets * len(prepared.kept))
-    step = max(1, MEMORY_NUMBERS // max(1, per_layer))
-    for start in range(0, len(layers), step):
-        yield list(layers[start : start + step])
-
-
-def fit_layers(table: Tensor, layers: Sequence[int], prepared: Prepared, options: FitOptions) -> Iterator[LayerScores]:
-    """Probe the given layers of ``table [L+1, U, D]`` (finite there); yields scores in the order of ``layers``.
+def fit_requests(requests: Sequence[Request], options: FitOptions) -> list[Fitted]:
+    """Fit everything that is asked for, as few batches of problems as memory allows.
 
     Linear: the penalty of each probe is the one with the lowest validation NLL; the probe is then refit at it on
     training and validation words together. With a hidden layer: fitted to the training words, ended by validation NLL.
-    Scored on the test words.
     """
-    labels = [prepared.label] if prepared.control is None else [prepared.label, prepared.control]
-    test = torch.from_numpy(prepared.at(Part.TEST))
-    where = torch.from_numpy(prepared.words.where)
-    groups = prepared.words.group[prepared.at(Part.TEST)]
     fit = _fit_mlp if options.kind == "mlp" else _fit_linear
-    for batch in _layer_batches(layers, prepared, table.shape[2], len(labels)):
-        raw = [table[layer][where] for layer in batch]
-        found = fit(raw, labels, prepared, options)
-        for i, layer in enumerate(batch):
-            scores, calibration = [], Estimate(None, None)
-            for s, label in enumerate(labels):
-                log_p = found.probes[i][s].log_probabilities(raw[i][test]).numpy()
-                scores.append(score(log_p, label[test.numpy()], groups))
-                if s == 0:
-                    calibration = calibration_of(log_p, scores[0].correct, groups)
-            codes = [None, None] if found.code_bits is None else _codes(found.code_bits[i], prepared)
-            yield LayerScores(
-                layer=layer,
-                real=scores[0],
-                control=scores[1] if len(scores) > 1 else None,
-                calibration=calibration,
-                penalty=found.penalties[i][0],
-                converged=found.converged[i],
-                code=codes[0],
-                control_code=codes[1],
-                probe=found.probes[i][0],
+    return [found for piece in _pieces(requests, options) for found in fit(_Batch(piece, options))]
+
+
+def _pieces(requests: Sequence[Request], options: FitOptions) -> Iterator[list[Request]]:
+    """Consecutive requests whose problems fit into memory together; at least one."""
+    piece: list[Request] = []
+    used = 0
+    for request in requests:
+        words, width, sets = len(request.prepared.label), request.matrix.shape[1], len(request.labels)
+        numbers = words * (4 * width + 6 * sets * request.classes) + 64 * sets * request.classes * width
+        if options.fractions is not None and request.code:
+            numbers *= 3
+        if piece and used + numbers > MEMORY_NUMBERS:
+            yield piece
+            piece, used = [], 0
+        piece.append(request)
+        used += numbers
+    if piece:
+        yield piece
+
+
+class _Batch:
+    """Requests as feature matrices (standardised) and problems; requests on the same rows of a layer share them."""
+
+    def __init__(self, requests: list[Request], options: FitOptions) -> None:
+        self.requests, self.options = requests, options
+        self.features: list[Tensor] = []
+        self.scales: list[tuple[Tensor, Tensor]] = []
+        self.designs: list[int] = []
+        self.first: list[Request] = []
+        known: dict[tuple[int, bytes, bytes, int], int] = {}
+        for request in requests:
+            words = request.prepared.words
+            key = (id(request.matrix), words.where.tobytes(), words.part.tobytes(), request.seed)
+            if key not in known:
+                known[key] = len(self.features)
+                raw = request.matrix[torch.from_numpy(words.where)]
+                scale = scaling(raw[torch.from_numpy(request.prepared.at(Part.TRAIN))])
+                self.scales.append(scale)
+                self.features.append(Probe(*scale, {}).standardised(raw).to(options.device))
+                self.first.append(request)
+            self.designs.append(known[key])
+        ends = np.cumsum([len(request.labels) for request in requests]).tolist()
+        self.numbers = [range(end - len(request.labels), end) for request, end in zip(requests, ends, strict=True)]
+        self.seeds = [request.seed for request in requests for _ in request.labels]
+        self.coded = [
+            number
+            for request, numbers in zip(requests, self.numbers, strict=True)
+            for number in numbers
+            if request.code and options.fractions is not None
+        ]
+
+    def on(self, *parts: Part) -> tuple[list[Tensor], list[Problem]]:
+        """Feature matrices of the rows of these parts, and the problems of all label sets in order."""
+        return self.at([np.concatenate([request.prepared.at(part) for part in parts]) for request in self.first])
+
+    def at(self, rows: Sequence[NDArray[np.integer]]) -> tuple[list[Tensor], list[Problem]]:
+        """The same for row numbers of each feature matrix."""
+        device = self.options.device
+        features = [matrix[torch.from_numpy(here).to(device)] for matrix, here in zip(self.features, rows, strict=True)]
+        # layers of a task differ in features only: they share their labels
+        cut: dict[tuple[int, int], Tensor] = {}
+        problems = []
+        for request, design in zip(self.requests, self.designs, strict=True):
+            for codes in request.labels:
+                key = (id(codes), id(request.prepared))
+                if key not in cut:
+                    cut[key] = torch.from_numpy(codes[rows[design]]).to(device)
+                problems.append(Problem(design, cut[key], request.classes))
+        return features, problems
+
+    def codes(self, fit: Fit) -> list[NDArray[np.float64] | None]:
+        """Bits ``[S, n]`` of the training labels for each request."""
+        found: list[NDArray[np.float64] | None] = [None] * len(self.requests)
+        if not self.coded:
+            return found
+        assert self.options.fractions is not None
+        orders = [_sending_order(request.prepared, request.seed) for request in self.first]
+        ends = [
+            block_ends(request.prepared.words.group[order], self.options.fractions)
+            for request, order in zip(self.first, orders, strict=True)
+        ]
+        features, problems = self.at(orders)
+        sent = online_code(features, [problems[number] for number in self.coded], ends, fit)
+        by_number = dict(zip(self.coded, sent, strict=True))
+        for place, (request, design) in enumerate(zip(self.requests, self.designs, strict=True)):
+            if request.code:
+                bits = np.stack([by_number[number] for number in self.numbers[place]])
+                found[place] = np.empty_like(bits)
+                found[place][:, np.searchsorted(request.prepared.at(Part.TRAIN), orders[design])] = bits  # type: ignore[index]
+        return found
+
+    def fitted(
+        self,
+        tensors: Sequence[dict[str, Tensor]],
+        penalties: Sequence[float | None],
+        converged: Sequence[bool],
+        bits: Sequence[NDArray[np.float64] | None],
+    ) -> Iterator[Fitted]:
+        """What was found for all problems, request by request."""
+        for numbers, design, sent in zip(self.numbers, self.designs, bits, strict=True):
+            yield Fitted(
+                [Probe(*self.scales[design], tensors[number]) for number in numbers],
+                [penalties[number] for number in numbers],
+                all(converged[number] for number in numbers),
+                sent,
             )
 
 
-def fit_sets(
-    table: Tensor, layers: Sequence[int], labels: list[Codes], prepared: Prepared, options: FitOptions
-) -> Iterator[tuple[list[Probe], list[float | None], bool]]:
-    """Probes for label sets of one's own, ``labels [S][M]`` in 0…K−1: for each layer the probes and penalties of all
-    sets, and whether all converged.
-    """
-    where = torch.from_numpy(prepared.words.where)
-    fit = _fit_mlp if options.kind == "mlp" else _fit_linear
-    for batch in _layer_batches(layers, prepared, table.shape[2], len(labels)):
-        found = fit([table[layer][where] for layer in batch], labels, prepared, replace(options, fractions=None))
-        yield from zip(found.probes, found.penalties, found.converged, strict=True)
-
-
-def calibration_of(log_p: NDArray[np.floating], correct: NDArray[np.bool_], groups: Codes) -> Estimate:
-    """Expected calibration error of the most likely class of ``log p [n, K]``."""
-    coarse = cluster_codes(groups, JACKKNIFE_GROUPS)
-    bins = CalibrationBins(int(coarse.max()) + 1)
-    bins.add(np.exp(log_p.max(1).astype(np.float64)).clip(max=1.0), correct, coarse)
-    return bins.error()
-
-
-def _fit_linear(raw: list[Tensor], labels: list[Codes], prepared: Prepared, options: FitOptions) -> _Fitted:
-    train, validation, _ = (torch.from_numpy(prepared.at(part)) for part in Part)
-    both = torch.cat([train, validation])
-    classes = len(prepared.kept)
-    scales = [scaling(matrix[train]) for matrix in raw]
-    device = options.device
-    features = torch.stack([Probe(*s, {}).standardised(matrix) for s, matrix in zip(scales, raw, strict=True)])
-    features = features.to(device)
-    y = torch.from_numpy(np.stack(labels)).to(device)
+def _fit_linear(batch: _Batch) -> Iterator[Fitted]:
+    options = batch.options
+    features, problems = batch.on(Part.TRAIN)
+    held, held_problems = batch.on(Part.VALIDATION)
     chosen, _ = fit_path(
-        LogisticProblems(features[:, train], y[:, train], classes),
-        features[:, validation],
-        y[:, validation],
+        LogisticProblems(features, problems),
+        held,
+        [problem.labels for problem in held_problems],
         options.penalties,
         tolerance=PATH_TOLERANCE * options.tolerance,
         max_iterations=options.max_iterations,
     )
-    fit = LogisticProblems(features[:, both], y[:, both], classes).solve(
+    fit = LogisticProblems(*batch.on(Part.TRAIN, Part.VALIDATION)).solve(
         chosen.penalty, chosen, options.tolerance, options.max_iterations
     )
-    bits = None
-    if options.fractions is not None:
-        order, ends = _sending_order(prepared, options)
-        sent = torch.from_numpy(order)
-        sent_bits = online_code(features[:, sent], y[:, sent], classes, chosen.penalty, ends)
-        bits = np.empty_like(sent_bits)
-        bits[:, :, np.searchsorted(prepared.at(Part.TRAIN), order)] = sent_bits
-    probes = [
-        [
-            Probe(*scale, {"weight": fit.weights[i, s].cpu(), "bias": fit.intercepts[i, s].cpu()})
-            for s in range(len(labels))
-        ]
-        for i, scale in enumerate(scales)
-    ]
-    penalties: list[list[float | None]] = [[float(value) for value in row] for row in fit.penalty]
-    return _Fitted(probes, penalties, [bool(fit.converged[i].all()) for i in range(len(raw))], bits)
-
-
-def _fit_mlp(raw: list[Tensor], labels: list[Codes], prepared: Prepared, options: FitOptions) -> _Fitted:
-    train, validation, _ = (torch.from_numpy(prepared.at(part)) for part in Part)
-    scales = [scaling(matrix[train]) for matrix in raw]
-    device = options.device
-    features = torch.stack([Probe(*s, {}).standardised(matrix) for s, matrix in zip(scales, raw, strict=True)])
-    features = features.to(device)
-    y = torch.from_numpy(np.stack(labels)).to(device)
-    fit = fit_mlp(
-        features[:, train],
-        y[:, train],
-        features[:, validation],
-        y[:, validation],
-        len(prepared.kept),
-        width=options.hidden_width,
-        max_passes=options.max_passes,
-        patience=options.patience,
-        seed=options.seed,
+    sizes = [len(problems[number].labels) for number in batch.coded]
+    return batch.fitted(
+        [{"weight": w.cpu(), "bias": b.cpu()} for w, b in zip(fit.weights, fit.intercepts, strict=True)],
+        fit.penalty.tolist(),
+        fit.converged.tolist(),
+        batch.codes(linear_fit(chosen.penalty[batch.coded], sizes)),
     )
+
+
+def _fit_mlp(batch: _Batch) -> Iterator[Fitted]:
+    features, problems = batch.on(Part.TRAIN)
+    held, held_problems = batch.on(Part.VALIDATION)
+    held_labels = [problem.labels for problem in held_problems]
+    size = {
+        "width": batch.options.hidden_width,
+        "max_passes": batch.options.max_passes,
+        "patience": batch.options.patience,
+    }
+
+    def part(parts: Sequence[Tensor], first: Sequence[Problem], owners: Sequence[int]) -> MlpFit:
+        numbers = [batch.coded[owner] for owner in owners]
+        held_of = {p.design: problems[number].design for p, number in zip(first, numbers, strict=True)}
+        return fit_mlp(
+            parts,
+            first,
+            [held[held_of[place]] for place in range(len(parts))],
+            [held_labels[number] for number in numbers],
+            seeds=[batch.seeds[number] for number in numbers],
+            **size,
+        )
+
+    fit = fit_mlp(features, problems, held, held_labels, seeds=batch.seeds, **size)
+    layers = zip(fit.w1, fit.b1, fit.w2, fit.b2, strict=True)
     names = ("hidden_weight", "hidden_bias", "weight", "bias")
-    parts = [part.cpu() for part in (fit.w1, fit.b1, fit.w2, fit.b2)]
-    probes = [
-        [Probe(*scale, {name: part[i, s] for name, part in zip(names, parts, strict=True)}) for s in range(len(labels))]
-        for i, scale in enumerate(scales)
-    ]
-    nothing: list[list[float | None]] = [[None] * len(labels) for _ in raw]
-    return _Fitted(probes, nothing, [bool(fit.converged[i].all()) for i in range(len(raw))], None)
+    return batch.fitted(
+        [{name: tensor.cpu() for name, tensor in zip(names, four, strict=True)} for four in layers],
+        [None] * len(problems),
+        fit.converged.tolist(),
+        batch.codes(part),
+    )
 
 
-def _sending_order(prepared: Prepared, options: FitOptions) -> tuple[Codes, list[int]]:
-    """Training words in a random order of whole sentences, and where blocks end."""
+def _sending_order(prepared: Prepared, seed: int) -> Codes:
+    """Training words in a random order of whole sentences."""
     train = prepared.at(Part.TRAIN)
     groups = prepared.words.group[train]
     distinct, which = np.unique(groups, return_inverse=True)
-    keys = np.random.default_rng([options.seed, len(distinct)]).random(len(distinct))
-    order = train[np.lexsort((np.arange(len(train)), which, keys[which]))]
-    assert options.fractions is not None
-    return order, block_ends(prepared.words.group[order], options.fractions)
-
-
-def _codes(bits: NDArray[np.float64], prepared: Prepared) -> list[CodeLength | None]:
-    """Sums of the bits ``[S, n]`` of the training words; the standard error takes sentences as independent."""
-    train = prepared.at(Part.TRAIN)
-    n, uniform = len(train), float(np.log2(len(prepared.kept)))
-    found: list[CodeLength | None] = []
-    for row in bits:
-        mean = mean_by_cluster(row, prepared.words.group[train])
-        assert mean.value is not None
-        spread = mean.stderr
-        ratio = uniform / mean.value
-        found.append(
-            CodeLength(
-                Estimate(n * mean.value, None if spread is None else n * spread),
-                Estimate(ratio, None if spread is None else ratio * spread / mean.value),
-                n,
-            )
-        )
-    return [*found, None][:2]
+    keys = np.random.default_rng([seed, len(distinct)]).random(len(distinct))
+    return train[np.lexsort((np.arange(len(train)), which, keys[which]))]

@@ -5,7 +5,7 @@ Shape letters: L+1 layers, U distinct spans, C labels that are learned, S label 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,12 @@ from numpy.typing import NDArray
 
 from trace_offline.analyzers._measurements import measurement, missing
 from trace_offline.analyzers._probe_data import Prepared, TaskWords, word_types
-from trace_offline.analyzers._probe_fit import FitOptions, calibration_of, fit_sets
-from trace_offline.core.types import Result
-from trace_offline.estimators.classification import f1_per_class, macro_f1, mean_by_cluster
+from trace_offline.analyzers._probe_fit import Fitted, Request
+from trace_offline.analyzers._probe_scores import calibration_of, code_length
+from trace_offline.analyzers._probe_summary import depth
+from trace_offline.analyzers._probe_task import CONTROL, NO_PENALTY, code_results, no_code, random_states
+from trace_offline.core.types import Array, Result
+from trace_offline.estimators.classification import confusion_matrix, f1_per_class, macro_f1, mean_by_cluster
 from trace_offline.estimators.clustered import (
     JACKKNIFE_GROUPS,
     Codes,
@@ -33,9 +36,7 @@ if TYPE_CHECKING:
     from trace_offline.evaluation.evaluation_set import EvaluationSet
 
 _WHOLE = ("accuracy", "macro_f1", "nll", "confidence", "calibration_error", "majority_accuracy", "converged")
-_CONTROL = ("control_accuracy", "selectivity")
 _PER_LABEL = ("f1", "confidence", "support", "penalty")
-_NOT_HERE = ("expected_layer", "centre_of_gravity")
 
 
 def is_multilabel(words: TaskWords) -> bool:
@@ -44,9 +45,11 @@ def is_multilabel(words: TaskWords) -> bool:
 
 
 class MultiLabelTask:
-    """One task, ready to fit: distinct spans and which labels each carries."""
+    """One task of one repetition: distinct spans and which labels each carries. ``params``: those of ``probe``."""
 
-    def __init__(self, words: TaskWords, evaluation: EvaluationSet, min_count: int, control: bool, seed: int) -> None:
+    def __init__(self, words: TaskWords, evaluation: EvaluationSet, params: Any, seed: int) -> None:
+        self.evaluation, self.params, self.seed = evaluation, params, seed
+        min_count = params.min_class_count
         span, first, which = np.unique(words.span, axis=0, return_index=True, return_inverse=True)
         holds = np.zeros((len(span), len(words.classes)), dtype=np.int64)
         holds[which.reshape(-1), words.label] = 1
@@ -70,54 +73,88 @@ class MultiLabelTask:
         elif not len(self.kept):
             self.reason = f"no label has min_class_count = {min_count} training spans with and without it"
         sets: list[Codes] = list(self.holds.T)
-        if control and self.reason is None:
+        if params.control and self.reason is None:
             types = word_types(evaluation, span)
             sets += [control_labels(types, column, seed + 7919 * k) for k, column in enumerate(self.holds.T)]
         self.sets = sets
-        self.control = control
         self.prepared = Prepared(self.words, np.arange(2), {}, self.words.label, None, self.reason)
+        names = [f"{words.task}={words.classes[code]}" for code in self.kept]
+        self.names = names
+        self.classes: dict[str, tuple[str, ...]] = dict.fromkeys(names, ("no", "yes"))
+        self.layers: list[int] = []
+        self._random: torch.Tensor | None = None
+
+    def requests(self, states: Sequence[torch.Tensor], finite: Sequence[bool]) -> list[Request]:
+        """Every layer that can be probed, all labels at once; then the random vectors, if asked for."""
+        if self.reason is not None:
+            return []
+        self.layers = [layer for layer, good in enumerate(finite) if good]
+        asked = [Request(states[layer], self.prepared, self.sets, 2, self.seed) for layer in self.layers]
+        if self.params.random_baseline:
+            self._random, words = random_states(self.evaluation, self.words, states[0].shape[1], self.seed)
+            ready = replace(self.prepared, words=words)
+            asked.append(Request(self._random, ready, self.sets[: len(self.kept)], 2, self.seed, code=False))
+        return asked
 
     def results(
-        self, table: torch.Tensor, finite: list[bool], options: FitOptions
+        self, states: Sequence[torch.Tensor], fitted: Sequence[Fitted]
     ) -> tuple[list[Result], dict[tuple[str, int], Probe]]:
-        """Measurements of all layers, and the probes by ("task=label", layer)."""
-        usable = [layer for layer, good in enumerate(finite) if good] if self.reason is None else []
+        """Numbers of all layers and of the task, and the probes by ("task=label", layer)."""
         results: list[Result] = []
         probes: dict[tuple[str, int], Probe] = {}
-        fitted = dict(zip(usable, fit_sets(table, usable, self.sets, self.prepared, options), strict=True))
-        for layer in range(len(table)):
+        by_layer = dict(zip(self.layers, fitted, strict=False))
+        test = self.prepared.at(Part.TEST)
+        groups, hits = self.words.group[test], []
+        for layer in range(len(states)):
             where: dict[str, Any] = {"layer": layer, "component": "residual", "task": self.words.task}
-            if layer not in fitted:
+            if layer not in by_layer:
                 results.extend(self._nothing(self.reason or f"hidden states of layer {layer} are not finite", where))
                 continue
-            found, penalties, converged = fitted[layer]
-            results.extend(self._layer(table[layer], found, penalties, converged, where))
-            for k, code in enumerate(self.kept):
-                probes[f"{self.words.task}={self.words.classes[code]}", layer] = found[k]
-        reason = self.reason or "not defined for a task whose words carry several labels"
-        results.extend(missing(m, reason, component="residual", task=self.words.task) for m in _NOT_HERE)
+            found = by_layer[layer]
+            log_p, truth = self._decisions(states[layer][torch.from_numpy(self.words.where[test])], found)
+            hits.append((log_p.argmax(2) == truth)[:, : len(self.kept)].mean(1))
+            results.extend(self._layer(log_p, truth, found, where))
+            probes |= {(name, layer): probe for name, probe in zip(self.names, found.probes, strict=False)}
+        results.extend(depth(self.words.task, self.layers, hits, self._usual(), groups, self.reason))
+        if self.params.random_baseline:
+            results.append(self._baseline(fitted))
         return results, probes
 
+    def _usual(self) -> NDArray[np.float64]:
+        """Share of the labels of each test span that the more frequent answer of training spans gets right."""
+        if self.reason is not None:
+            return np.zeros(len(self.prepared.at(Part.TEST)))
+        usual = self.holds[self.prepared.at(Part.TRAIN)].mean(0) > 0.5
+        return np.asarray((self.holds[self.prepared.at(Part.TEST)] == usual).mean(1))
+
+    def _decisions(self, states: torch.Tensor, found: Fitted) -> tuple[NDArray[np.float64], Codes]:
+        """``log p [n, S, 2]`` of the test spans and the truth ``[n, S]`` of the label sets that were fitted."""
+        log_p = np.stack([probe.log_probabilities(states).double().numpy() for probe in found.probes], axis=1)
+        return log_p, np.stack(self.sets[: len(found.probes)], axis=1)[self.prepared.at(Part.TEST)]
+
+    def _baseline(self, fitted: Sequence[Fitted]) -> Result:
+        """Accuracy of the same probes on vectors that carry nothing but which word it is."""
+        where: dict[str, Any] = {"component": "residual", "task": self.words.task}
+        if self._random is None:
+            return missing("random_accuracy", str(self.reason), **where)
+        test = self.prepared.at(Part.TEST)
+        log_p, truth = self._decisions(self._random[torch.from_numpy(test)], fitted[-1])
+        hits = (log_p.argmax(2) == truth).mean(1)
+        return measurement("random_accuracy", mean_by_cluster(hits, self.words.group[test]), len(test), **where)
+
     def _nothing(self, reason: str, where: dict[str, Any]) -> Iterator[Result]:
-        for metric in _WHOLE + (_CONTROL if self.control else ()):
+        for metric in _WHOLE + (CONTROL if self.params.control else ()) + no_code(self.params):
             yield missing(metric, reason, **where)
         for label in self.words.classes:
             for metric in _PER_LABEL:
                 yield missing(metric, self.excluded.get(label, reason), label=label, **where)
 
     def _layer(
-        self,
-        matrix: torch.Tensor,
-        probes: list[Probe],
-        penalties: list[float | None],
-        converged: bool,
-        where: dict[str, Any],
+        self, log_p: NDArray[np.float64], truth: Codes, found: Fitted, where: dict[str, Any]
     ) -> Iterator[Result]:
         """A decision is one span and one label; totals are means over all decisions of the test spans."""
         test = self.prepared.at(Part.TEST)
-        states, groups = matrix[self.words.where[test]], self.words.group[test]
-        log_p = np.stack([probe.log_probabilities(states).double().numpy() for probe in probes], axis=1)
-        truth = np.stack(self.sets, axis=1)[test]
+        groups = self.words.group[test]
         said = log_p.argmax(2)
         right = np.take_along_axis(log_p, truth[..., None], 2)[..., 0]
         correct = said == truth
@@ -137,13 +174,18 @@ class MultiLabelTask:
         flat = log_p[:, real].reshape(n * count, 2)
         calibration = calibration_of(flat, correct[:, real].reshape(-1), np.repeat(groups, count))
         yield measurement("calibration_error", calibration, n, **where)
-        usual = self.holds[self.prepared.at(Part.TRAIN)].mean(0) > 0.5
-        yield measurement("majority_accuracy", mean(truth[:, real] == usual), n, **where)
-        yield measurement("converged", Estimate(float(converged), None), n, **where)
-        if self.control:
+        yield measurement("majority_accuracy", mean_by_cluster(self._usual(), groups), n, **where)
+        yield measurement("converged", Estimate(float(found.converged), None), n, **where)
+        if self.params.control:
             control = correct[:, count:]
             yield measurement("control_accuracy", mean(control), n, **where)
             yield measurement("selectivity", mean(correct[:, real].astype(float) - control), n, **where)
+        if found.bits is not None:
+            training = self.words.group[self.prepared.at(Part.TRAIN)]
+            sent = [found.bits[:count], found.bits[count:]]
+            codes = [code_length(bits.sum(0), count, training) if len(bits) else None for bits in sent]
+            yield from code_results(codes[0], codes[1], where)
+        penalties = found.penalties
         place = {int(code): k for k, code in enumerate(self.kept)}
         for code, label in enumerate(self.words.classes):
             if code not in place:
@@ -159,6 +201,8 @@ class MultiLabelTask:
             sure = mean_by_cluster(np.exp(log_p[having, k, 1]), groups[having])
             yield measurement("confidence", sure, support, reason, label=label, **where)
             yield measurement("support", Estimate(float(support), None), support, label=label, **where)
-            free = None if penalties[k] is not None else "a probe with a hidden layer has no penalty"
+            free = None if penalties[k] is not None else NO_PENALTY
             held = len(self.prepared.at(Part.VALIDATION))
             yield measurement("penalty", Estimate(penalties[k], None), held, free, label=label, **where)
+            counts = confusion_matrix(said[:, k].astype(np.int64), truth[:, k], 2)
+            yield Array("confusion", tuple(counts.reshape(-1).astype(float).tolist()), label=label, **where)

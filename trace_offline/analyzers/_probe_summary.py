@@ -8,49 +8,45 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trace_offline.analyzers._measurements import measurement, missing
-from trace_offline.analyzers._probe_data import Prepared
-from trace_offline.analyzers._probe_fit import LayerScores
 from trace_offline.core.types import Array, Measurement, Result
 from trace_offline.estimators.centre_of_gravity import centre_of_gravity, expected_layer
-from trace_offline.estimators.clustered import JACKKNIFE_GROUPS, Estimate, cluster_codes, cluster_sums
-from trace_offline.estimators.splits import Part
+from trace_offline.estimators.clustered import JACKKNIFE_GROUPS, Codes, cluster_codes, cluster_sums
 
 DEPTH = ("expected_layer", "centre_of_gravity")
 
 
-def depth(found: Sequence[LayerScores], ready: Prepared) -> Iterator[Measurement]:
-    """Expected layer and centre of gravity of the accuracy over layers, layer None."""
-    where: dict[str, Any] = {"component": "residual", "task": ready.words.task}
-    if len(found) < 2:
-        reason = ready.reason or "fewer than two layers have finite hidden states"
+def depth(
+    task: str,
+    layers: Sequence[int],
+    hits: Sequence[NDArray[Any]],
+    chance: NDArray[Any],
+    groups: Codes,
+    reason: str | None = None,
+) -> Iterator[Measurement]:
+    """Expected layer and centre of gravity of the accuracy over ``layers``, layer None.
+
+    ``hits``: for each layer, how right each of the n test words was (0…1); ``chance [n]``: how right the majority is;
+    ``groups [n]``: their sentences. ``reason``: why there is nothing to measure, if so.
+    """
+    where: dict[str, Any] = {"component": "residual", "task": task}
+    if len(layers) < 2:
+        reason = reason or "fewer than two layers have finite hidden states"
         yield from (missing(metric, reason, **where) for metric in DEPTH)
         return
-    test = ready.at(Part.TEST)
-    groups = cluster_codes(ready.words.group[test], JACKKNIFE_GROUPS)
-    answer = np.bincount(ready.label[ready.at(Part.TRAIN)]).argmax()
-    columns = [np.ones(len(test)), ready.label[test] == answer, *(scores.real.correct for scores in found)]
-    sums = cluster_sums(np.stack(columns, axis=1).astype(np.float64), groups, int(groups.max()) + 1)
-    layers = np.array([scores.layer for scores in found], dtype=np.float64)
-    yield _or_reason(
-        "expected_layer",
-        expected_layer(sums, layers),
-        len(test),
-        "no layer gains two standard errors on the first",
-        where,
-    )
-    yield _or_reason(
-        "centre_of_gravity",
-        centre_of_gravity(sums, layers),
-        len(test),
-        "no layer gains two standard errors on the majority class",
-        where,
-    )
-
-
-def _or_reason(metric: str, estimate: Estimate, n: int, reason: str, where: dict[str, Any]) -> Measurement:
-    return measurement(metric, estimate, n, None if estimate.value is not None else reason, **where)
+    coarse = cluster_codes(groups, JACKKNIFE_GROUPS)
+    columns = np.stack([np.ones(len(groups)), chance, *hits], axis=1).astype(np.float64)
+    sums = cluster_sums(columns, coarse, int(coarse.max()) + 1)
+    places = np.array(layers, dtype=np.float64)
+    for metric, measure, base in (
+        ("expected_layer", expected_layer, "the first"),
+        ("centre_of_gravity", centre_of_gravity, "the majority class"),
+    ):
+        found = measure(sums, places)
+        nothing = f"no layer gains two standard errors on {base}" if found.value is None else None
+        yield measurement(metric, found, len(groups), nothing, **where)
 
 
 def combine(repeats: Sequence[Iterable[Result]]) -> Iterator[Result]:

@@ -13,42 +13,26 @@ describe the finite test set; with several repetitions also the choice of traini
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import numpy as np
 from pydantic import Field
 
 from trace_offline.activations.batch import Collector
-from trace_offline.analyzers._measurements import measurement, missing
-from trace_offline.analyzers._probe_data import (
-    Prepared,
-    TaskWords,
-    choose_words,
-    chosen_tasks,
-    prepare,
-    repeat_seed,
-    word_types,
-)
+from trace_offline.analyzers._probe_data import TaskWords, choose_words, chosen_tasks, repeat_seed
 from trace_offline.analyzers.base import Analyzer, Context, MetricSpec, Need
 from trace_offline.core.errors import NotApplicable
 from trace_offline.core.params import Params as BaseParams
-from trace_offline.core.types import Array, Artifact, Result
-from trace_offline.estimators.classification import mean_by_cluster
-from trace_offline.estimators.clustered import Estimate
-from trace_offline.estimators.splits import Part
+from trace_offline.core.types import Artifact, Result
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trace_offline.activations.hidden_table import Pooling
-    from trace_offline.analyzers._probe_fit import FitOptions, LayerScores
+    from trace_offline.analyzers._probe_fit import FitOptions
+    from trace_offline.analyzers._probe_multilabel import MultiLabelTask
+    from trace_offline.analyzers._probe_task import SingleLabelTask
     from trace_offline.analyzers.probe_weights import Probe
-
-_WHOLE = ("accuracy", "macro_f1", "nll", "confidence", "calibration_error", "majority_accuracy", "penalty", "converged")
-_CONTROL = ("control_accuracy", "selectivity")
-_CODE = ("codelength", "compression")
-_PER_CLASS = ("f1", "confidence", "support")
 
 BLOCK_FRACTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)
 
@@ -115,7 +99,7 @@ class ProbeAnalyzer(Analyzer):
         max_passes: int = Field(100, ge=1, le=10_000, description="passes over the training words at most (mlp)")
         patience: int = Field(5, ge=1, le=1000, description="passes without a better validation NLL that end it (mlp)")
         random_baseline: bool = Field(False, description="also probe random vectors that only tell word types apart")
-        codelength: bool = Field(False, description="also measure the description length (linear; doubles the cost)")
+        codelength: bool = Field(False, description="also measure the description length (doubles the cost)")
         block_fractions: tuple[Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)], ...] = Field(
             BLOCK_FRACTIONS, min_length=1, max_length=50, description="ends of the online code's blocks, as shares"
         )
@@ -156,39 +140,37 @@ class ProbeAnalyzer(Analyzer):
     def measure(self, context: Context) -> Iterator[Result]:
         """Every task, layer by layer; a task or layer that cannot be probed gives reasons and stops no other.
 
-        The array ``confusion`` holds counts row by row (true class) over all classes of the task in sorted order, the
-        order of the labels of metric ``f1``; classes that were left out have empty rows and columns. The artifact
-        ``probes`` is read by ``trace_offline.analyzers.probe_weights.load_probe``.
+        All layers, tasks, repetitions and label sets are fitted as one list of problems. The array ``confusion`` holds
+        counts row by row (true class) over all classes of the task in sorted order, the order of the labels of metric
+        ``f1``; classes that were left out have empty rows and columns. The artifact ``probes`` is read by
+        ``trace_offline.load_probe``.
         """
-        from trace_offline.analyzers._probe_multilabel import MultiLabelTask, is_multilabel
+        from trace_offline.analyzers import _probe_multilabel, _probe_task
+        from trace_offline.analyzers._probe_fit import fit_requests
         from trace_offline.analyzers._probe_summary import combine
 
         table: Tensor = context.collected["words"]
         params: ProbeAnalyzer.Params = context.params
-        finite = [bool(matrix.isfinite().all()) for matrix in table]
-        by_task: dict[str, list[list[Result]]] = {}
-        probes: dict[tuple[str, int], Probe] = {}
-        classes: dict[str, list[str]] = {}
+        states = list(table)
+        finite = [bool(matrix.isfinite().all()) for matrix in states]
+        tasks: list[tuple[int, SingleLabelTask | MultiLabelTask]] = []
         for repeat in range(params.repeats):
             seed = repeat_seed(context.seed, repeat)
-            options = self._options(context, seed)
             for words in self._words(context, seed)[1]:
-                if is_multilabel(words):
-                    several = MultiLabelTask(words, context.evaluation, params.min_class_count, params.control, seed)
-                    results, kept = several.results(table, finite, options)
-                    by_task.setdefault(words.task, []).append(results)
-                    if repeat == 0:
-                        probes |= kept
-                        classes |= {name: ["no", "yes"] for name, _ in kept}
-                    continue
-                ready = prepare(words, context.evaluation, params.min_class_count, params.control, seed)
-                results, found = self._task(table, finite, ready, params, options)
-                if params.random_baseline:
-                    results.append(self._random(ready, context, table.shape[2], options))
-                by_task.setdefault(words.task, []).append(results)
-                if repeat == 0:
-                    classes[words.task] = [words.classes[code] for code in ready.kept]
-                    probes |= {(words.task, scores.layer): scores.probe for scores in found}
+                several = _probe_multilabel.is_multilabel(words)
+                kind = _probe_multilabel.MultiLabelTask if several else _probe_task.SingleLabelTask
+                tasks.append((repeat, kind(words, context.evaluation, params, seed)))
+        asked = [task.requests(states, finite) for _, task in tasks]
+        fitted = iter(fit_requests([request for requests in asked for request in requests], self._options(context)))
+        by_task: dict[str, list[list[Result]]] = {}
+        probes: dict[tuple[str, int], Probe] = {}
+        classes: dict[str, tuple[str, ...]] = {}
+        for (repeat, task), requests in zip(tasks, asked, strict=True):
+            results, kept = task.results(states, [next(fitted) for _ in requests])
+            by_task.setdefault(task.words.task, []).append(results)
+            if repeat == 0:
+                probes |= kept
+                classes |= task.classes
         for repeats in by_task.values():
             yield from combine(repeats)
         if params.weights and probes:
@@ -213,7 +195,7 @@ class ProbeAnalyzer(Analyzer):
         )
 
     @staticmethod
-    def _options(context: Context, seed: int) -> FitOptions:
+    def _options(context: Context) -> FitOptions:
         from trace_offline.analyzers._probe_fit import FitOptions
 
         params: ProbeAnalyzer.Params = context.params
@@ -226,13 +208,14 @@ class ProbeAnalyzer(Analyzer):
             hidden_width=params.hidden_width,
             max_passes=params.max_passes,
             patience=params.patience,
-            seed=seed,
-            fractions=params.block_fractions if params.codelength and params.kind == "linear" else None,
+            fractions=params.block_fractions if params.codelength else None,
             device=device if device.startswith("cuda") else "cpu",  # others lack float64 or its factorisations
         )
 
     @staticmethod
-    def _artifact(probes: dict[tuple[str, int], Probe], classes: dict[str, list[str]], context: Context) -> Artifact:
+    def _artifact(
+        probes: dict[tuple[str, int], Probe], classes: dict[str, tuple[str, ...]], context: Context
+    ) -> Artifact:
         from trace_offline.analyzers.probe_weights import dump_probes
 
         params: ProbeAnalyzer.Params = context.params
@@ -240,104 +223,3 @@ class ProbeAnalyzer(Analyzer):
             probes, classes, kind=params.kind, alignment=ProbeAnalyzer._alignment(context), view=params.view
         )
         return Artifact("probes", content, ".safetensors")
-
-    def _task(
-        self, table: Tensor, finite: list[bool], ready: Prepared, params: Params, options: FitOptions
-    ) -> tuple[list[Result], list[LayerScores]]:
-        from trace_offline.analyzers._probe_fit import fit_layers
-        from trace_offline.analyzers._probe_summary import depth
-
-        usable = [layer for layer, good in enumerate(finite) if good] if ready.reason is None else []
-        scores = {found.layer: found for found in fit_layers(table, usable, ready, options)} if usable else {}
-        majority = self._majority(ready) if usable else Estimate(None, None)
-        results: list[Result] = []
-        for layer in range(len(table)):
-            if layer in scores:
-                results.extend(self._layer(scores[layer], ready, majority))
-            else:
-                reason = ready.reason or f"hidden states of layer {layer} are not finite"
-                results.extend(self._nothing(layer, ready, params, reason))
-        if params.codelength and params.kind == "mlp":
-            reason = "the online code is measured with linear probes only"
-            where: dict[str, Any] = {"component": "residual", "task": ready.words.task}
-            results.extend(missing(m, reason, layer=layer, **where) for layer in scores for m in _CODE)
-        results.extend(depth(list(scores.values()), ready))
-        return results, list(scores.values())
-
-    @staticmethod
-    def _random(ready: Prepared, context: Context, width: int, options: FitOptions) -> Result:
-        """Accuracy of the same probe on vectors that carry nothing but which word it is."""
-        from trace_offline.analyzers._probe_fit import fit_layers
-
-        where: dict[str, Any] = {"component": "residual", "task": ready.words.task}
-        if ready.reason is not None:
-            return missing("random_accuracy", ready.reason, **where)
-        types = word_types(context.evaluation, ready.words.span)
-        vectors = np.random.default_rng([options.seed, 4]).standard_normal((int(types.max()) + 1, width))
-        import torch
-
-        table = torch.from_numpy(vectors[types].astype(np.float32))[None]
-        words = replace(ready.words, where=np.arange(len(types)))
-        (found,) = fit_layers(table, [0], replace(ready, words=words, control=None), replace(options, fractions=None))
-        return measurement("random_accuracy", found.real.accuracy, len(found.real.correct), **where)
-
-    @staticmethod
-    def _majority(ready: Prepared) -> Estimate:
-        test = ready.at(Part.TEST)
-        answer = np.bincount(ready.label[ready.at(Part.TRAIN)]).argmax()
-        return mean_by_cluster(ready.label[test] == answer, ready.words.group[test])
-
-    @staticmethod
-    def _nothing(layer: int, ready: Prepared, params: Params, reason: str) -> Iterator[Result]:
-        where: dict[str, Any] = {"layer": layer, "component": "residual", "task": ready.words.task}
-        code = _CODE if params.codelength else ()
-        for metric in _WHOLE + (_CONTROL if params.control else ()) + code:
-            yield missing(metric, reason, **where)
-        for label in ready.words.classes:
-            for metric in _PER_CLASS:
-                yield missing(metric, ready.excluded.get(label, reason), label=label, **where)
-
-    def _layer(self, found: LayerScores, ready: Prepared, majority: Estimate) -> Iterator[Result]:
-        where: dict[str, Any] = {"layer": found.layer, "component": "residual", "task": ready.words.task}
-        real = found.real
-        n = len(real.correct)
-        yield measurement("accuracy", real.accuracy, n, **where)
-        yield measurement("macro_f1", real.macro_f1, n, **where)
-        yield measurement("nll", real.nll, n, **where)
-        yield measurement("confidence", real.confidence, n, **where)
-        yield measurement("majority_accuracy", majority, n, **where)
-        yield measurement("calibration_error", found.calibration, n, **where)
-        unpenalised = None if found.penalty is not None else "a probe with a hidden layer has no penalty"
-        held = len(ready.at(Part.VALIDATION))
-        yield measurement("penalty", Estimate(found.penalty, None), held, unpenalised, **where)
-        yield measurement("converged", Estimate(float(found.converged), None), n, **where)
-        if found.control is not None:
-            yield measurement("control_accuracy", found.control.accuracy, n, **where)
-            gain = real.correct.astype(np.float64) - found.control.correct
-            paired = mean_by_cluster(gain, ready.words.group[ready.at(Part.TEST)])
-            yield measurement("selectivity", paired, n, **where)
-        if found.code is not None:
-            yield measurement("codelength", found.code.bits, found.code.n, **where)
-            yield measurement("compression", found.code.compression, found.code.n, **where)
-        if found.control_code is not None:
-            yield measurement("control_codelength", found.control_code.bits, found.control_code.n, **where)
-        yield from self._classes(found, ready, where)
-        size = len(ready.words.classes)
-        confusion = np.zeros((size, size))
-        confusion[np.ix_(ready.kept, ready.kept)] = real.confusion
-        yield Array("confusion", tuple(confusion.reshape(-1).tolist()), **where)
-
-    @staticmethod
-    def _classes(found: LayerScores, ready: Prepared, where: dict[str, Any]) -> Iterator[Result]:
-        place = {int(code): k for k, code in enumerate(ready.kept)}
-        for code, label in enumerate(ready.words.classes):
-            if label in ready.excluded:
-                for metric in _PER_CLASS:
-                    yield missing(metric, ready.excluded[label], label=label, **where)
-                continue
-            k = place[code]
-            n = found.real.support[k]
-            reason = None if n else "no test word of this class"
-            yield measurement("f1", found.real.class_f1[k], n, reason, label=label, **where)
-            yield measurement("confidence", found.real.class_confidence[k], n, reason, label=label, **where)
-            yield measurement("support", Estimate(float(n), None), n, label=label, **where)

@@ -192,19 +192,20 @@ def _position(reference: str, extracts: Sequence[Extract]) -> int:
 
 
 def _fit(extract: Extract, prepared: Sequence[Prepared], series: SeriesContext) -> _Fitted:
-    from trace_offline.analyzers._probe_fit import FitOptions, fit_layers
+    from trace_offline.analyzers._probe_fit import FitOptions
+    from trace_offline.analyzers._probe_scores import fit_tasks
 
     params = series.params
     options = FitOptions(params.penalties, params.tolerance, params.max_iterations, seed=series.seed)
-    table = extract.load("hidden")
-    finite = [index for index, matrix in enumerate(table) if bool(matrix.isfinite().all())]
+    states = list(extract.load("hidden"))
+    finite = [index for index, matrix in enumerate(states) if bool(matrix.isfinite().all())]
+    usable = [ready for ready in prepared if ready.reason is None]
     probes: dict[Key, Probe] = {}
     scores: dict[Key, ClassificationScores] = {}
-    for ready in prepared:
-        if ready.reason is None:
-            for found in fit_layers(table, finite, ready, options):
-                probes[ready.words.task, found.layer] = found.probe
-                scores[ready.words.task, found.layer] = found.real
+    for ready, layers in zip(usable, fit_tasks(states, finite, usable, options), strict=True):
+        for found in layers:
+            probes[ready.words.task, found.layer] = found.probe
+            scores[ready.words.task, found.layer] = found.real
     return _Fitted(probes, scores)
 
 

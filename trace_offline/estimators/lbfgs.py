@@ -12,6 +12,7 @@ compact form).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -193,58 +194,80 @@ def _norm(gradient: Tensor, inverse: Tensor) -> Tensor:
     return _dot(gradient * inverse, gradient).sqrt()
 
 
-def minimise(objective: Objective, start: Tensor, tolerance: float, max_iterations: int, which: Tensor) -> Minimum:
-    """Minimise the problems ``which [A]`` from ``start [A, K, R]``.
+class Minimisation:
+    """The problems ``which [A]`` of one objective on their way from ``start [A, K, R]``, one iteration at a time.
 
     A problem is done when the norm of its gradient (in the metric of the bounding preconditioner) is at most
     ``tolerance`` times the norm at the null model and its objective is estimated to be within 3 % of ``tolerance``
     (relative) of the minimum, or when the objective has stopped falling at the precision the data allow.
     """
-    logits = objective.logits(start, which)
-    value, state = objective.nll(logits, which)
-    value = value + objective.ridge_terms(start, start, which)[0]
-    gradient = objective.gradient(state, start, which)
-    del state
-    bound = objective.bound(which)
-    reference = _norm(objective.null_gradient(which), bound)
-    theta, values, norm = start.clone(), value.clone(), _norm(gradient, bound)
-    iterations = torch.zeros_like(which)
-    converged = torch.ones_like(which, dtype=torch.bool)
-    scale = reference.clamp_min(torch.finfo(torch.float64).tiny)
-    inverse = objective.inverse_hessian(logits, which)
-    work = _Working(
-        torch.arange(len(which), device=theta.device),
-        which,
-        start.clone(),
-        logits,
-        value,
-        gradient,
-        inverse.apply(gradient[:, None])[:, 0],
-        bound,
-        reference,
-        torch.zeros_like(which),
-        inverse,
-        _Memory.empty(len(which), start[0].numel(), theta.device),
-    )
-    for iteration in range(max_iterations + 1):
+
+    def __init__(
+        self, objective: Objective, start: Tensor, tolerance: float, max_iterations: int, which: Tensor
+    ) -> None:
+        self.objective, self.tolerance, self.max_iterations = objective, tolerance, max_iterations
+        logits = objective.logits(start, which)
+        value, state = objective.nll(logits, which)
+        value = value + objective.ridge_terms(start, start, which)[0]
+        gradient = objective.gradient(state, start, which)
+        del state
+        bound = objective.bound(which)
+        reference = _norm(objective.null_gradient(which), bound)
+        self._theta, self._values, self._norms = start.clone(), value.clone(), _norm(gradient, bound)
+        self._iterations = torch.zeros_like(which)
+        self._converged = torch.ones_like(which, dtype=torch.bool)
+        self._scale = reference.clamp_min(torch.finfo(torch.float64).tiny)
+        inverse = objective.inverse_hessian(logits, which)
+        self._work = _Working(
+            torch.arange(len(which), device=start.device),
+            which,
+            start.clone(),
+            logits,
+            value,
+            gradient,
+            inverse.apply(gradient[:, None])[:, 0],
+            bound,
+            reference,
+            torch.zeros_like(which),
+            inverse,
+            _Memory.empty(len(which), start[0].numel(), start.device),
+        )
+        self._iteration = 0
+
+    def advance(self) -> bool:
+        """One iteration of every problem still at work; False when none is left."""
+        work, objective = self._work, self.objective
         size_now = _norm(work.gradient, work.bound)
         direction, slope = _descent(work)
         # ½ gᵀH⁻¹g, with the H the method has learned so far, estimates how far F still is above its minimum.
         left = -0.5 * slope
-        small = (size_now <= tolerance * work.reference) & (left <= _GAP * tolerance * work.value)
+        small = (size_now <= self.tolerance * work.reference) & (left <= _GAP * self.tolerance * work.value)
         done = small | (left <= 0.01 * objective.noise * work.value) | (work.flat >= _FLAT_ITERATIONS)
-        last = iteration == max_iterations
-        leaving = torch.ones_like(done) if last else done
+        leaving = torch.ones_like(done) if self._iteration == self.max_iterations else done
         if bool(leaving.any()):
             out = work.place[leaving]
-            theta[out], values[out], norm[out] = work.theta[leaving], work.value[leaving], size_now[leaving]
-            iterations[out], converged[out] = iteration, done[leaving]
+            self._theta[out], self._values[out] = work.theta[leaving], work.value[leaving]
+            self._norms[out] = size_now[leaving]
+            self._iterations[out], self._converged[out] = self._iteration, done[leaving]
             work.keep(~leaving)
             direction, slope = direction[~leaving], slope[~leaving]
         if len(work.which) == 0:
-            break
-        _step(objective, work, direction, slope, iteration)
-    return Minimum(theta, values, iterations, norm / scale, converged)
+            return False
+        _step(objective, work, direction, slope, self._iteration)
+        self._iteration += 1
+        return True
+
+    def found(self) -> Minimum:
+        """Where the problems ended; complete once ``advance`` has returned False."""
+        return Minimum(self._theta, self._values, self._iterations, self._norms / self._scale, self._converged)
+
+
+def minimise(runs: Sequence[Minimisation]) -> list[Minimum]:
+    """Bring all runs to their end, in turn one iteration of each: none waits for another to be done."""
+    pending = list(runs)
+    while pending:
+        pending = [run for run in pending if run.advance()]
+    return [run.found() for run in runs]
 
 
 def _descent(work: _Working) -> tuple[Tensor, Tensor]:
