@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from trace_offline.activations.components import Place
 
-EXACT, SKETCH, SIZE = "exact/", "sketch/", "size/"
+EXACT, SKETCH, SIZE, LEFT_OUT = "exact/", "sketch/", "size/", "left_out/"
 
 
 @dataclass(frozen=True)
@@ -97,15 +97,16 @@ def parts_of(extracts: Sequence[Extract]) -> list[str]:
 def load_part(extract: Extract, part: str, *, matrices: bool) -> Kept | None:
     """None where a checkpoint has no such part."""
     names = extract.names()
+    left_out = extract.load(LEFT_OUT + part).double().numpy() if LEFT_OUT + part in names else None
     if EXACT + part in names:
         values = extract.load(EXACT + part).double()
         tables = matrices_at(extract, part, values) if matrices else {}
-        return Kept(values, True, (len(values), float(values.square().sum())), tables)
+        return Kept(values, True, (len(values), float(values.square().sum())), tables, left_out)
     if SKETCH + part not in names:
         return None
     count, square = extract.load(SIZE + part).tolist()
     tables = matrices_at(extract, part, None) if matrices else {}
-    return Kept(extract.load(SKETCH + part).double(), False, (int(count), square), tables)
+    return Kept(extract.load(SKETCH + part).double(), False, (int(count), square), tables, left_out)
 
 
 def pairs_of(
