@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from analyzer_fakes import FakeEvaluation, one
+from curvature_cases import exact_effective_rank, exact_negative_share
 from test_analyzer_hessian import Broken, dense_reference, evaluation, tied_net
 from tiny_models import ARCHITECTURES, VOCABULARY
 from torch import nn
@@ -19,7 +20,7 @@ from trace_offline.analyzers.hessian_blocks import HessianBlocksAnalyzer
 from trace_offline.checkpoints.blocks import find_blocks
 from trace_offline.core.errors import NotApplicable
 from trace_offline.core.params import parse_params
-from trace_offline.core.types import Measurement, Result
+from trace_offline.core.types import Array, Measurement, Result
 
 
 class Layered(nn.Module):
@@ -80,6 +81,16 @@ def analyze(module: nn.Module, data: FakeEvaluation, *, seed: int = 0, **params:
     return list(HessianBlocksAnalyzer().measure(context))
 
 
+def array(results: Iterable[Result], name: str, where: dict[str, Any], label: str | None = None) -> np.ndarray:
+    (found,) = [
+        item
+        for item in results
+        if isinstance(item, Array)
+        and (item.name, item.layer, item.component, item.label) == (name, where["layer"], where["component"], label)
+    ]
+    return np.asarray(found.values)
+
+
 def numbers(results: Iterable[Result]) -> list[Measurement]:
     found = [item for item in results if isinstance(item, Measurement)]
     for item in found:
@@ -100,7 +111,8 @@ def numbers(results: Iterable[Result]) -> list[Measurement]:
 def test_every_block_against_the_dense_hessian(options: dict[str, Any], own: int) -> None:
     data = evaluation()
     dense, gradient, loss = dense_reference(layered(), data)
-    found = numbers(analyze(layered(), data, k=2, max_sequences=100, own_probes=own, **options))
+    results = analyze(layered(), data, k=2, max_sequences=100, own_probes=own, slq_probes=12, **options)
+    found = numbers(results)
     rtol = 1e-6 if "dtype" in options else 2e-3
     assert one(found, "batch_loss", component="all").value == pytest.approx(loss, rel=1e-5)
     total = one(found, "trace", component="all")
@@ -121,6 +133,22 @@ def test_every_block_against_the_dense_hessian(options: dict[str, Any], own: int
             estimate = one(found, metric, **where)
             assert estimate.n in (0, own or 24)
             assert abs(estimate.value - truth) <= 4 * estimate.stderr + 5e-3 * abs(truth), (where, metric)
+        for metric, truth in (
+            ("effective_rank", exact_effective_rank(exact)),
+            ("negative_mass", exact_negative_share(exact)),
+        ):
+            estimate = one(found, metric, **where)
+            assert estimate.n in (0, 12)
+            assert abs(estimate.value - truth) <= 4 * estimate.stderr + 1e-2 * abs(truth) + 1e-4, (where, metric)
+        low, high = (one(found, f"negative_fraction_{end}", **where).value for end in ("lower", "upper"))
+        assert low - 0.15 <= np.mean(exact < -1e-5 * abs(exact).max()) <= high + 0.15
+        grid, density, sigma = (array(results, name, where) for name in ("density_grid", "density", "density_sigma"))
+        assert len(grid) == len(density) == 256
+        assert np.trapezoid(density, grid) == pytest.approx(1, abs=1e-5)
+        assert sigma[0] == pytest.approx(0.01 * (grid[-1] - grid[0]) / 1.12, rel=1e-6)
+        nodes, weights = (array(results, name, where, "1") for name in ("slq_nodes", "slq_weights"))
+        assert weights.sum() == pytest.approx(1)
+        assert exact[0] - 1e-3 <= nodes.min() <= nodes.max() <= exact[-1] + 1e-3
         assert one(found, "gradient_norm", **where).value == pytest.approx(np.linalg.norm(part), rel=1e-4)
         along = part @ block @ part / (part @ part)
         assert one(found, "gradient_curvature", **where).value == pytest.approx(along, rel=2e-3, abs=1e-6)
@@ -135,7 +163,8 @@ def test_architectures(name: str) -> None:
     module = ARCHITECTURES[name]()
     before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
     data = evaluation(VOCABULARY, rows=3, length=7)
-    found = numbers(analyze(module, data, trace_probes=3, tolerance=0.05, max_sequences=3))
+    few = {"trace_probes": 3, "slq_probes": 2, "slq_steps": 3, "tolerance": 0.05, "max_sequences": 3}
+    found = numbers(analyze(module, data, **few))
     assert sum(m.value for m in found if m.metric == "parameters") == sum(p.numel() for p in module.parameters())
     for layer in (1, 2, 3):
         for component in ("attention", "mlp", "norm"):
@@ -143,7 +172,7 @@ def test_architectures(name: str) -> None:
     for key, tensor in module.state_dict().items():
         assert torch.equal(tensor, before[key])
     assert all(p.grad is None for p in module.parameters())
-    assert found == numbers(analyze(module, data, trace_probes=3, tolerance=0.05, max_sequences=3))
+    assert found == numbers(analyze(module, data, **few))
 
 
 def test_what_is_not_finite_has_a_reason() -> None:
@@ -161,8 +190,10 @@ def test_what_is_not_finite_has_a_reason() -> None:
 def test_memory_bounds() -> None:
     data = evaluation()
     size = sum(p.numel() for p in tied_net().parameters()) * 4 / 2**30
-    with pytest.raises(NotApplicable, match="max_basis_gb"):
-        analyze(tied_net(), data, max_basis_gb=3 * size)
+    with pytest.raises(
+        NotApplicable, match=r"not even the smallest block fits: .* max_basis_gb is .*: raise max_basis_gb"
+    ):
+        analyze(tied_net(), data, max_basis_gb=size / 10)
     roomy = numbers(analyze(layered(), data, max_sequences=3))
     size = sum(p.numel() for p in layered().parameters()) * 4 / 2**30
     tight = numbers(analyze(layered(), data, max_sequences=3, max_basis_gb=12 * size))
@@ -170,3 +201,79 @@ def test_memory_bounds() -> None:
         for metric, label in (("eigenvalue", "1"), ("trace", None)):
             a, b = (one(f, metric, layer=layer, component=component, label=label) for f in (roomy, tight))
             assert abs(a.value - b.value) <= 1e-2 * abs(a.value) + 5 * np.hypot(a.stderr or 0, b.stderr or 0)
+
+
+def exact_numbers(module: nn.Module, data: FakeEvaluation, found: list[Measurement], skipped: set[Any]) -> None:
+    """Each block's numbers against its dense Hessian, as far as vectors of it fitted."""
+    dense, gradient, _ = dense_reference(module, data)
+    for layer, component in PLACES:
+        where = {"layer": layer, "component": component}
+        index = index_of(module, layer, component).numpy()
+        block = dense[np.ix_(index, index)]
+        assert one(found, "gradient_norm", **where).value == pytest.approx(np.linalg.norm(gradient[index]), rel=1e-4)
+        if (layer, component) in skipped:
+            for metric in ("trace", "effective_rank", "negative_mass", "smallest_eigenvalue"):
+                assert "raise max_basis_gb" in one(found, metric, **where).reason
+            continue
+        assert one(found, "eigenvalue", label="1", **where).value == pytest.approx(
+            np.linalg.eigvalsh(block)[-1], rel=1e-3
+        )
+        trace = one(found, "trace", **where)
+        assert abs(trace.value - np.trace(block)) <= 4 * trace.stderr + 1e-3 * abs(np.trace(block))
+        rank = one(found, "effective_rank", **where)
+        truth = exact_effective_rank(np.linalg.eigvalsh(block))
+        assert abs(rank.value - truth) <= 4 * rank.stderr + 1e-2 * truth
+
+
+def test_blocks_only_when_no_vector_of_the_whole_fits() -> None:
+    """Nothing longer than a block is held: each is finished by itself, with as many probes of its own."""
+    data = evaluation()
+    embedding, total = 21 * 4 / 2**30, sum(p.numel() for p in layered().parameters())
+    bound = 20 * 28 * 4 / 2**30
+    assert bound < 8 * total * 4 / 2**30
+    found = numbers(analyze(layered(), data, max_sequences=100, max_basis_gb=bound))
+    exact_numbers(layered(), data, found, set())
+    assert one(found, "products", component="all").value == 0
+    whole = one(found, "trace", component="all")
+    assert whole.n == 24
+    assert abs(whole.value - np.trace(dense_reference(layered(), data)[0])) < 3.5 * whole.stderr
+    # less still: the largest blocks have no vectors, the others are measured
+    fewer = numbers(analyze(layered(), data, max_sequences=100, max_basis_gb=15 * embedding))
+    exact_numbers(layered(), data, fewer, {(0, "embedding"), (None, "head")})
+    assert one(fewer, "trace", component="all").reason.startswith("a block has no trace, so that there is no sum")
+
+
+def test_all_eigenvalues_make_every_block_exact() -> None:
+    data = evaluation()
+    results = analyze(layered(), data, k=40, max_sequences=100, dtype="float64", tolerance=1e-10, max_steps=400)
+    found = numbers(results)
+    dense, _, _ = dense_reference(layered(), data)
+    for layer, component in PLACES:
+        where = {"layer": layer, "component": component}
+        index = index_of(layered(), layer, component).numpy()
+        exact = np.linalg.eigvalsh(dense[np.ix_(index, index)])[::-1]
+        for metric, truth in (
+            ("trace", exact.sum()),
+            ("trace_square", (exact**2).sum()),
+            ("effective_rank", exact_effective_rank(exact)),
+            ("negative_mass", exact_negative_share(exact)),
+        ):
+            estimate = one(found, metric, **where)
+            assert estimate.value == pytest.approx(truth, rel=1e-6, abs=1e-9), (where, metric)
+            assert (estimate.stderr, estimate.n) == (0, 0)
+        grid, density, sigma = (array(results, name, where) for name in ("density_grid", "density", "density_sigma"))
+        kernel = np.exp(-0.5 * ((grid[:, None] - exact[None]) / sigma[0]) ** 2) / (sigma[0] * np.sqrt(2 * np.pi))
+        np.testing.assert_allclose(density, kernel.mean(1), rtol=1e-6, atol=1e-9 * density.max())
+
+
+def test_densities_change_no_other_number_and_can_be_left_out() -> None:
+    data = evaluation()
+    with_them = numbers(analyze(layered(), data))
+    without = analyze(layered(), data, slq_probes=0)
+    assert not any(isinstance(item, Array) and item.name != "ritz" for item in without)
+    for item in numbers(without):
+        other = one(with_them, item.metric, layer=item.layer, component=item.component, label=item.label)
+        if item.metric == "products" and item.component != "all":
+            assert other.value == item.value + 40 or other.value > item.value
+        else:
+            assert other == item

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,8 @@ from trace_offline.analyzers._curvature_batch import (
     plan_batches,
     weights_of,
 )
-from trace_offline.analyzers._curvature_plan import BasisPlan, plan_basis
+from trace_offline.analyzers._curvature_density import DISTRIBUTION, distribution
+from trace_offline.analyzers._curvature_plan import BasisPlan, plan_basis, settle
 from trace_offline.core.types import Array, Measurement, Result
 from trace_offline.estimators.hutchpp import Moments, complement_moments, mean_of, participation_ratio
 from trace_offline.estimators.hvp import HessianOperator, NonFiniteError, require_gradients
@@ -28,13 +30,11 @@ from trace_offline.estimators.thick_restart import bounded_eigenpairs
 if TYPE_CHECKING:
     from trace_offline.activations.model import ModelView
     from trace_offline.analyzers.hessian import HessianAnalyzer
+    from trace_offline.estimators.operators import SymmetricOperator
     from trace_offline.evaluation.evaluation_set import EvaluationSet
 
 COMPONENT = "all"
 ZERO_GRADIENT = "the gradient is zero: it has no direction"
-
-# Below this share of the largest |λ| the sign of an eigenvalue is rounding.
-_ZERO = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 def measure_curvature(
@@ -45,15 +45,12 @@ def measure_curvature(
     model = in_dtype(model, params.dtype)
     parameters = weights_of(model)
     count = sum(parameter.numel() for parameter in {id(p): p for p in parameters}.values())
-    basis = plan_basis(
-        count,
-        parameters[0].element_size(),
-        k=params.k,
-        smallest=1,
-        max_steps=params.max_steps,
-        slq_steps=params.slq_steps,
-        max_basis_gb=params.max_basis_gb,
-    )
+    asked = partial(
+        plan_basis, count, parameters[0].element_size(), k=params.k, smallest=1, max_steps=params.max_steps,
+        slq_steps=params.slq_steps, max_basis_gb=params.max_basis_gb,
+        instead="; or take hessian_blocks, whose vectors are as long as one block",
+    )  # fmt: skip
+    basis = asked()
     yield _plain("parameters", count, len(rows))
     with require_gradients(parameters), double_backward_attention():
         check_labels(model, rows)
@@ -68,7 +65,8 @@ def measure_curvature(
             yield _plain("batch_loss", operator.loss, len(rows))
             yield _plain("gradient_norm", operator.gradient_norm, len(rows))
             try:
-                results = list(_second_order(operator, params, basis, len(rows), seed))
+                basis, vectors = settle(basis, operator, plan.graph_bytes, lambda free: asked(free=free))
+                results = list(_second_order(operator, vectors, params, basis, len(rows), seed))
             except NonFiniteError as error:
                 results = list(_undefined(str(error), params.k, len(rows), _SECOND))
             yield from results
@@ -76,9 +74,15 @@ def measure_curvature(
 
 
 def _second_order(
-    operator: HessianOperator, params: HessianAnalyzer.Params, plan: BasisPlan, sequences: int, seed: int
+    hessian: HessianOperator,
+    operator: SymmetricOperator,
+    params: HessianAnalyzer.Params,
+    plan: BasisPlan,
+    sequences: int,
+    seed: int,
 ) -> Iterator[Result]:
-    yield from gradient_curvature(operator, sequences)
+    """``operator``: the Hessian with its vectors where the plan has them."""
+    yield from gradient_curvature(hessian, sequences)
     # Independent streams: the probes must not depend on how many start vectors the search for eigenvalues drew.
     search_seed, probe_seed, trace_seed = streams(seed, 3)
     search = torch.Generator().manual_seed(search_seed)
@@ -108,10 +112,11 @@ def _second_order(
     )
     spectrum = _without_gaps(operator, spectrum, quadrature, params.tolerance, plan, search)
     yield from _eigenvalues(spectrum, params.k, plan, operator.n, sequences)
-    yield from gradient_overlap(operator, spectrum, params.k, sequences)
+    yield from gradient_overlap(hessian, spectrum, params.k, sequences)
     yield from _moments(quadrature, extra, known)
-    yield from _distribution(quadrature, params, operator.dtype)
+    yield from distribution(quadrature, params, operator.dtype, COMPONENT)
     yield _plain("basis_vectors", plan.basis, sequences)
+    yield _plain("basis_on_host", float(plan.host), sequences)
     yield _plain("restarts", spectrum.restarts, sequences)
     yield Array("ritz", tuple(spectrum.ritz.tolist()), component=COMPONENT)
     yield Array("ritz_residual", tuple(spectrum.ritz_residuals.tolist()), component=COMPONENT)
@@ -147,7 +152,8 @@ def gradient_overlap(operator: HessianOperator, spectrum: Spectrum, k: int, sequ
     elif len(largest) < min(k, operator.n) or not largest.converged.all():
         yield _missing(metric, "not all k eigenvectors were found; raise max_steps (and max_basis_gb)", sequences)
     else:
-        share = float((largest.vectors @ operator.gradient).double().square().sum()) / square
+        along = largest.vectors @ operator.gradient.to(largest.vectors.device)
+        share = float(along.double().square().sum()) / square
         yield _plain(metric, min(share, 1.0), sequences)
     yield _plain("gradient_top_overlap_chance", min(k, operator.n) / operator.n, sequences)
 
@@ -157,7 +163,7 @@ def _converged(pairs: Eigenpairs) -> Eigenpairs:
 
 
 def _without_gaps(
-    operator: HessianOperator,
+    operator: SymmetricOperator,
     spectrum: Spectrum,
     quadrature: Quadrature,
     tolerance: float,
@@ -212,7 +218,7 @@ def _eigenvalues(spectrum: Spectrum, k: int, plan: BasisPlan, n: int, sequences:
         if n <= rank:
             reason = f"the network has only {n} parameters"
         elif plan.k <= rank:
-            reason = f"max_basis_gb has room for the vectors of {plan.k} eigenvalues only; raise it"
+            reason = plan.fewer
         else:
             reason = f"not reached in {spectrum.products} products; raise max_steps (and max_basis_gb)"
         yield _missing("eigenvalue", reason, sequences, str(rank + 1))
@@ -243,28 +249,6 @@ def _moments(quadrature: Quadrature, extra: Moments, known: Eigenpairs) -> Itera
         yield _missing("participation_ratio", str(error), len(first))
 
 
-def _distribution(quadrature: Quadrature, params: HessianAnalyzer.Params, dtype: torch.dtype) -> Iterator[Result]:
-    probes = quadrature.probes
-    for metric, function in (
-        ("negative_mass", quadrature.negative_share),
-        ("effective_rank", quadrature.effective_rank),
-    ):
-        try:
-            yield _estimated(metric, function())
-        except ZeroDivisionError as error:
-            yield _missing(metric, str(error), probes)
-    low, high = quadrature.mass_below_bounds(-_ZERO[dtype] * quadrature.scale)
-    yield _plain("negative_fraction_lower", low, probes)
-    yield _plain("negative_fraction_upper", high, probes)
-    grid, density, sigma = quadrature.density(params.grid_points, params.broadening)
-    yield Array("density_grid", tuple(grid.tolist()), component=COMPONENT)
-    yield Array("density", tuple(density.tolist()), component=COMPONENT)
-    yield Array("density_sigma", (sigma,), component=COMPONENT)
-    for probe, (nodes, weights) in enumerate(quadrature.measures(), start=1):
-        yield Array("slq_nodes", tuple(nodes.tolist()), component=COMPONENT, label=str(probe))
-        yield Array("slq_weights", tuple(weights.tolist()), component=COMPONENT, label=str(probe))
-
-
 _FIRST = ("batch_loss", "gradient_norm")
 _SECOND = (
     "gradient_curvature",
@@ -274,10 +258,7 @@ _SECOND = (
     "trace",
     "trace_square",
     "participation_ratio",
-    "effective_rank",
-    "negative_mass",
-    "negative_fraction_lower",
-    "negative_fraction_upper",
+    *DISTRIBUTION,
 )
 
 

@@ -123,10 +123,11 @@ def weights_of(model: ModelView) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How the rows are cut into micro-batches and whether all their graphs are kept."""
+    """How the rows are cut into micro-batches, whether all their graphs are kept, and the bytes of one such graph."""
 
     micro_batches: tuple[list[int], ...]
     keep_graphs: bool
+    graph_bytes: int = 0
 
 
 def check_labels(model: ModelView, rows: Rows) -> None:
@@ -194,4 +195,4 @@ def plan_batches(
         )
     pieces = math.ceil(count / size)
     parts = tuple(list(range(start, min(start + size, count))) for start in range(0, count, size))
-    return Plan(parts, keep_graphs=fixed * pieces + per_row * count <= bound)
+    return Plan(parts, keep_graphs=fixed * pieces + per_row * count <= bound, graph_bytes=fixed + per_row * size)

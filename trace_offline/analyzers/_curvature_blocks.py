@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +14,6 @@ from trace_offline.activations.components import Place, parameter_groups
 from trace_offline.activations.losses import double_backward_attention
 from trace_offline.analyzers._curvature import ZERO_GRADIENT, streams
 from trace_offline.analyzers._curvature_batch import (
-    GIB,
     check_labels,
     choose_rows,
     in_dtype,
@@ -20,12 +21,15 @@ from trace_offline.analyzers._curvature_batch import (
     plan_batches,
     weights_of,
 )
-from trace_offline.analyzers._curvature_plan import BasisPlan, plan_basis
-from trace_offline.core.errors import NotApplicable
+from trace_offline.analyzers._curvature_blocks_plan import BlocksPlan, plan_blocks
+from trace_offline.analyzers._curvature_density import DISTRIBUTION, distribution
+from trace_offline.analyzers._curvature_plan import BasisPlan, place_for, vectors_at
 from trace_offline.core.types import Array, Measurement, Result
 from trace_offline.estimators.block_moments import BlockMoments, block_moments
+from trace_offline.estimators.block_quadrature import block_quadratures
 from trace_offline.estimators.hutchpp import Moments, complement_moments, mean_of
 from trace_offline.estimators.hvp import HessianBlock, HessianOperator, NonFiniteError, require_gradients
+from trace_offline.estimators.krylov import Floats
 from trace_offline.estimators.lanczos import Eigenpairs, Spectrum
 from trace_offline.estimators.slq import Estimate
 from trace_offline.estimators.thick_restart import bounded_eigenpairs
@@ -35,7 +39,7 @@ if TYPE_CHECKING:
     from trace_offline.analyzers.hessian_blocks import HessianBlocksAnalyzer
     from trace_offline.evaluation.evaluation_set import EvaluationSet
 
-_BLOCK = ("smallest_eigenvalue", "trace", "trace_square", "gradient_norm", "gradient_curvature")
+WHOLE = Place(None, "all")
 
 
 def measure_blocks(
@@ -48,15 +52,9 @@ def measure_blocks(
     model = in_dtype(model, params.dtype)
     parameters = weights_of(model)
     sizes = [parameter.numel() for parameter in parameters]
-    item = parameters[0].element_size()
-    plans = {
-        place: plan_basis(
-            sum(sizes[i] for i in places), item, k=params.k, smallest=1, max_steps=params.max_steps, slq_steps=1,
-            max_basis_gb=params.max_basis_gb,
-        )
-        for place, places in groups.items()
-    }  # fmt: skip
-    together = _held_together(sum(sizes) * item, params)
+    orders = {place: sum(sizes[i] for i in places) for place, places in groups.items()}
+    asked = partial(plan_blocks, orders, parameters[0].element_size(), params)
+    everything = asked()
     with require_gradients(parameters), double_backward_attention():
         check_labels(model, rows)
         try:
@@ -65,17 +63,21 @@ def measure_blocks(
                 losses_of(model, rows, plan.micro_batches), parameters, keep_graphs=plan.keep_graphs
             )
         except NonFiniteError as error:
-            yield _number(Place(None, "all"), "batch_loss", None, len(rows), reason=str(error))
+            yield _number(WHOLE, "batch_loss", None, len(rows), reason=str(error))
             for place in groups:
-                yield from _undefined(place, str(error), params.k, len(rows))
+                yield from _undefined(place, str(error), params, len(rows))
             return
         with operator:
-            yield _number(Place(None, "all"), "batch_loss", operator.loss, len(rows))
+            where = place_for(everything.bytes, operator.device, plan.graph_bytes)
+            if where.free is not None:
+                everything = asked(where.free)
+            yield _number(WHOLE, "batch_loss", operator.loss, len(rows))
             blocks = {place: operator.block(places) for place, places in groups.items()}
+            search = _Search(operator, blocks, everything, params, len(rows), where.host, streams(seed, 3))
             try:
-                results = list(_measure(operator, blocks, plans, params, together, len(rows), seed))
+                results = list(search.run())
             except NonFiniteError as error:
-                results = [r for place in blocks for r in _undefined(place, str(error), params.k, len(rows))]
+                results = [r for place in blocks for r in _undefined(place, str(error), params, len(rows))]
             yield from results
 
 
@@ -85,83 +87,119 @@ def _groups(model: ModelView) -> dict[Place, list[int]]:
     return {place: [names.index(name) for name in members] for place, members in parameter_groups(model).items()}
 
 
-def _held_together(vector: int, params: HessianBlocksAnalyzer.Params) -> int:
-    """Probes held at once beside the eigenvectors of all blocks (k + 1 vectors of the whole in total)."""
-    room = int(params.max_basis_gb * GIB) // vector - (params.k + 1) - 3
-    if room < 4:
-        needed = (params.k + 8) * vector / GIB
-        raise NotApplicable(
-            f"not applicable because the probes need at least {needed:.3g} GiB, and max_basis_gb is "
-            f"{params.max_basis_gb:g}: raise max_basis_gb"
-        )
-    return min(params.trace_probes, room // 2)
+@dataclass
+class _Search:
+    """One analysis. ``seeds``: of the searches for eigenvalues, the probes of the traces, those of the densities."""
 
+    operator: HessianOperator
+    blocks: dict[Place, HessianBlock]
+    plan: BlocksPlan
+    params: HessianBlocksAnalyzer.Params
+    sequences: int
+    host: bool
+    seeds: list[int]
+    known: dict[Place, Eigenpairs] = field(default_factory=dict)
+    own: dict[Place, Moments] = field(default_factory=dict)
 
-def _measure(
-    operator: HessianOperator,
-    blocks: dict[Place, HessianBlock],
-    plans: dict[Place, BasisPlan],
-    params: HessianBlocksAnalyzer.Params,
-    together: int,
-    sequences: int,
-    seed: int,
-) -> Iterator[Result]:
-    search_seed, probe_seed = streams(seed, 2)
-    known: dict[Place, Eigenpairs] = {}
-    for index, (place, block) in enumerate(blocks.items()):
+    def run(self) -> Iterator[Result]:
+        """All results; with too little memory for vectors of the whole, each block's are dropped once it is done."""
+        sums: dict[Place, float] = {}
+        for place, block in self.blocks.items():
+            yield _number(place, "parameters", block.n, self.sequences)
+            yield from _gradient(place, block, self.sequences)
+            if place in self.plan.too_large:
+                yield from _undefined(place, self.plan.too_large[place], self.params, self.sequences, ())
+                continue
+            yield from self._eigenvalues(place, block)
+            sums[place] = float(self.known[place].values.sum())
+            if self.params.own_probes or not self.plan.together:
+                self.own[place] = complement_moments(
+                    vectors_at(block, self.host), self.params.own_probes or self.params.trace_probes,
+                    self._stream(1, place), self.known[place].vectors,
+                )  # fmt: skip
+            if not self.plan.together:
+                yield from self._distributions([place])
+                yield from _traces(place, None, 0, self.known[place], self.own[place])
+                self.known[place] = self.known[place].take([])
+        if self.plan.together:
+            yield from self._distributions(list(self.known))
+            moments = self._shared_moments()
+            for index, place in enumerate(self.known):
+                yield from _traces(place, moments, index, self.known[place], self.own.get(place))
+            samples = [moments.traces(index) for index in range(len(self.known))]
+        else:
+            samples = [self.own[place].first for place in self.known]
+        yield self._total(samples, sum(sums.values()))
+        for place, block in self.blocks.items():
+            yield _number(place, "products", block.products, self.sequences)
+        yield _number(WHOLE, "products", self.operator.products, self.sequences)
+        yield _number(WHOLE, "basis_on_host", float(self.host), self.sequences)
+
+    def _stream(self, which: int, place: Place) -> torch.Generator:
         # a stream for each block: what one block draws must not change the next
-        search = torch.Generator().manual_seed(streams(search_seed, index + 1)[-1])
+        index = list(self.blocks).index(place)
+        return torch.Generator().manual_seed(streams(self.seeds[which], index + 1)[-1])
+
+    def _eigenvalues(self, place: Place, block: HessianBlock) -> Iterator[Result]:
+        plan = self.plan.bases[place]
         spectrum = bounded_eigenpairs(
-            block, largest=plans[place].k, smallest=1, tolerance=params.tolerance,
-            max_steps=plans[place].max_steps, max_basis=plans[place].basis, generator=search,
+            vectors_at(block, self.host), largest=plan.k, smallest=1, tolerance=self.params.tolerance,
+            max_steps=plan.max_steps, max_basis=plan.basis, generator=self._stream(0, place),
         )  # fmt: skip
-        known[place] = spectrum.pairs.take(np.flatnonzero(spectrum.pairs.converged).tolist())
-        yield from _eigenvalues(place, block, spectrum, params.k, plans[place], sequences)
-        yield from _gradient(place, block, sequences)
-        yield _number(place, "parameters", block.n, sequences)
-    own = {
-        place: complement_moments(
-            block,
-            params.own_probes,
-            torch.Generator().manual_seed(streams(probe_seed, index + 1)[-1]),
-            known[place].vectors,
+        self.known[place] = spectrum.pairs.take(np.flatnonzero(spectrum.pairs.converged).tolist())
+        yield from _eigenvalues(place, block, spectrum, self.params.k, plan, self.sequences)
+
+    def _distributions(self, places: list[Place]) -> Iterator[Result]:
+        """Density, negative mass and effective rank; where graphs are rebuilt, the blocks go on side by side."""
+        if not self.params.slq_probes:
+            return
+        blocks = [self.blocks[place] for place in places]
+        found = block_quadratures(
+            [vectors_at(block, self.host) for block in blocks],
+            lambda chosen, vectors: self.operator.block_products([blocks[i] for i in chosen], vectors),
+            probes=self.params.slq_probes,
+            steps=[self.plan.bases[place].slq_steps for place in places],
+            generators=[self._stream(2, place) for place in places],
+            exact=[(self.known[place].values, self.known[place].vectors) for place in places],
+            room=0 if self.operator.kept else self.plan.room,
         )
-        for index, (place, block) in enumerate(blocks.items())
-        if params.own_probes
-    }
-    for place, block in blocks.items():
-        yield _number(place, "products", block.products, sequences)
-    moments = block_moments(
-        operator,
-        [block.ranges for block in blocks.values()],
-        probes=params.trace_probes,
-        generator=torch.Generator().manual_seed(probe_seed),
-        bases=[known[place].vectors for place in blocks],
-        together=together,
-    )
-    yield from _traces(list(blocks), moments, known, own)
-    yield _number(Place(None, "all"), "products", operator.products, sequences)
+        for place, quadrature in zip(places, found, strict=True):
+            yield from distribution(
+                quadrature, self.params, self.operator.dtype, str(place.component), place.layer
+            )  # fmt: skip
+
+    def _shared_moments(self) -> BlockMoments:
+        return block_moments(
+            vectors_at(self.operator, self.host),
+            [self.blocks[place].ranges for place in self.known],
+            probes=self.params.trace_probes,
+            generator=torch.Generator().manual_seed(self.seeds[1]),
+            bases=[self.known[place].vectors for place in self.known],
+            together=self.plan.together,
+        )
+
+    def _total(self, samples: list[Floats], known: float) -> Measurement:
+        """The trace of the whole Hessian: the sum over the blocks, probe by probe."""
+        if self.plan.too_large:
+            reason = "a block has no trace, so that there is no sum: " + next(iter(self.plan.too_large.values()))
+            return _number(WHOLE, "trace", None, 0, reason=reason)
+        drawn = [sample for sample in samples if len(sample)]
+        return _estimated(WHOLE, "trace", mean_of(np.sum(drawn, axis=0) if drawn else np.zeros(0), known))
 
 
 def _traces(
-    places: list[Place], moments: BlockMoments, known: dict[Place, Eigenpairs], own: dict[Place, Moments]
+    place: Place, shared: BlockMoments | None, index: int, pairs: Eigenpairs, own: Moments | None
 ) -> Iterator[Measurement]:
-    whole = np.zeros(0)
-    for index, place in enumerate(places):
-        pairs = known[place]
-        trace = moments.trace(index, float(pairs.values.sum()))
-        square = moments.square(index)
-        if place in own:
-            trace, square = mean_of(own[place].first, float(pairs.values.sum())), mean_of(own[place].second)
-        # what an approximate eigenvector leaves outside its span is its residual, counted twice in the norm
-        found = float((pairs.values**2 + 2 * pairs.residuals**2).sum())
-        yield _estimated(place, "trace", trace)
-        yield _estimated(place, "trace_square", Estimate(square.value + found, square.stderr, square.probes))
-        samples = moments.traces(index)
-        if len(samples):
-            whole = samples if not len(whole) else whole + samples
-    total = sum(float(pairs.values.sum()) for pairs in known.values())
-    yield _estimated(Place(None, "all"), "trace", mean_of(whole, total))
+    known = float(pairs.values.sum())
+    if own is not None:
+        trace, square = mean_of(own.first, known), mean_of(own.second)
+    else:
+        assert shared is not None  # one of the two there is
+        trace, square = shared.trace(index, known), shared.square(index)
+    # what an approximate eigenvector leaves outside its span is its residual, counted twice in the norm
+    found = float((pairs.values**2 + 2 * pairs.residuals**2).sum())
+    yield _estimated(place, "trace", trace)
+    yield _estimated(place, "trace_square", Estimate(square.value + found, square.stderr, square.probes))
 
 
 def _gradient(place: Place, block: HessianBlock, sequences: int) -> Iterator[Measurement]:
@@ -198,15 +236,22 @@ def _eigenvalues(
         if block.n <= rank:
             reason = f"the block has only {block.n} parameters"
         elif plan.k <= rank:
-            reason = f"max_basis_gb has room for the vectors of {plan.k} eigenvalues only; raise it"
+            reason = plan.fewer
         yield _number(place, "eigenvalue", None, sequences, str(rank + 1), reason)
     yield Array("ritz", tuple(spectrum.ritz.tolist()), layer=place.layer, component=str(place.component))
 
 
-def _undefined(place: Place, reason: str, k: int, sequences: int) -> Iterator[Measurement]:
-    for metric in _BLOCK:
+def _undefined(
+    place: Place,
+    reason: str,
+    params: HessianBlocksAnalyzer.Params,
+    sequences: int,
+    further: tuple[str, ...] = ("gradient_norm", "gradient_curvature"),
+) -> Iterator[Measurement]:
+    densities = DISTRIBUTION if params.slq_probes else ()
+    for metric in ("smallest_eigenvalue", "trace", "trace_square", *densities, *further):
         yield _number(place, metric, None, sequences, reason=reason)
-    for rank in range(1, k + 1):
+    for rank in range(1, params.k + 1):
         yield _number(place, "eigenvalue", None, sequences, str(rank), reason)
 
 

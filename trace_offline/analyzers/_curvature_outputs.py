@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +20,7 @@ from trace_offline.analyzers._curvature_batch import (
     plan_batches,
     weights_of,
 )
-from trace_offline.analyzers._curvature_plan import BasisPlan, plan_basis
+from trace_offline.analyzers._curvature_plan import BasisPlan, plan_basis, settle, vectors_at
 from trace_offline.core.types import Array, Measurement, Result
 from trace_offline.estimators.fisher import EmpiricalFisherOperator
 from trace_offline.estimators.ggn import GaussNewtonOperator, OutputCurvature
@@ -49,10 +50,11 @@ def measure_outputs(
     model = in_dtype(model, params.dtype)
     parameters = weights_of(model)
     count = sum(parameter.numel() for parameter in parameters)
-    basis = plan_basis(
-        count, parameters[0].element_size(), k=params.k, smallest=0, max_steps=params.max_steps, slq_steps=1,
-        max_basis_gb=params.max_basis_gb,
+    asked = partial(
+        plan_basis, count, parameters[0].element_size(), k=params.k, smallest=0, max_steps=params.max_steps,
+        slq_steps=1, max_basis_gb=params.max_basis_gb,
     )  # fmt: skip
+    basis = asked()
     yield _plain("parameters", count, len(rows))
     with require_gradients(parameters), double_backward_attention():
         check_labels(model, rows)
@@ -70,11 +72,12 @@ def measure_outputs(
         outputs = outputs_of(model, rows, plan.micro_batches)
         try:
             with _KINDS[matrix](outputs, parameters, keep_graphs=plan.keep_graphs) as operator:
+                basis, vectors = settle(basis, operator, plan.graph_bytes, lambda free: asked(free=free))
                 results, known, samples = _of_matrix(
-                    operator, gradient, basis, params, len(rows), search_seed, probe_seed
+                    vectors, gradient, basis, params, len(rows), search_seed, probe_seed
                 )
             with HessianOperator(losses, parameters, keep_graphs=plan.keep_graphs) as hessian:
-                results += _of_hessian(hessian, samples, known.vectors, params, probe_seed)
+                results += _of_hessian(vectors_at(hessian, basis.host), samples, known.vectors, params, probe_seed)
                 results.append(_plain("hessian_products", hessian.products, len(rows)))
         except NonFiniteError as error:
             results = list(_undefined(str(error), params.k, len(rows), _MATRIX))
@@ -82,7 +85,7 @@ def measure_outputs(
 
 
 def _of_matrix(
-    operator: OutputCurvature,
+    operator: SymmetricOperator,
     gradient: Tensor,
     plan: BasisPlan,
     params: OutputCurvatureParams,
@@ -109,6 +112,7 @@ def _of_matrix(
         results.append(_estimated("participation_ratio", ratio if probes else Estimate(ratio.value, 0.0, 0)))
     except ZeroDivisionError as error:
         results.append(_missing("participation_ratio", str(error), probes))
+    gradient = gradient.to(operator.device)
     square = float(torch.dot(gradient, gradient))
     if square == 0:
         results.append(_missing("gradient_curvature", ZERO_GRADIENT, sequences))
@@ -118,12 +122,13 @@ def _of_matrix(
             raise NonFiniteError(f"the matrix times the gradient is not finite ({along})")
         results.append(_plain("gradient_curvature", along, sequences))
     results.append(_plain("products", operator.products, sequences))
+    results.append(_plain("basis_on_host", float(plan.host), sequences))
     results.append(Array("ritz", tuple(spectrum.ritz.tolist()), component=COMPONENT))
     return results, known, first
 
 
 def _of_hessian(
-    hessian: HessianOperator, samples: np.ndarray, vectors: Tensor, params: OutputCurvatureParams, probe_seed: int
+    hessian: SymmetricOperator, samples: np.ndarray, vectors: Tensor, params: OutputCurvatureParams, probe_seed: int
 ) -> list[Result]:
     """The Hessian's trace by the same subspace and probes, so that the noise of the two goes together."""
     moments = _moments(hessian, params.trace_probes, probe_seed, vectors)
@@ -156,7 +161,7 @@ def _eigenvalues(spectrum: Spectrum, k: int, plan: BasisPlan, n: int, sequences:
             if n <= rank:
                 reason = f"the network has only {n} parameters"
             elif plan.k <= rank:
-                reason = f"max_basis_gb has room for the vectors of {plan.k} eigenvalues only; raise it"
+                reason = plan.fewer
             yield _missing("eigenvalue", reason, sequences, label)
             continue
         value, residual = float(pairs.values[rank]), float(pairs.residuals[rank])

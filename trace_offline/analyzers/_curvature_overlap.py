@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,7 @@ from trace_offline.analyzers._curvature_batch import (
     plan_batches,
     weights_of,
 )
-from trace_offline.analyzers._curvature_plan import plan_basis
+from trace_offline.analyzers._curvature_plan import plan_basis, settle
 from trace_offline.core.errors import NotApplicable
 from trace_offline.estimators.hvp import HessianOperator, NonFiniteError, require_gradients
 from trace_offline.estimators.thick_restart import bounded_eigenpairs
@@ -44,19 +45,21 @@ def top_subspace(
             f"{params.max_extract_gb:g}: raise max_extract_gb"
         )
     # one eigenvalue more than vectors: the gap below the subspace says whether it is well defined
-    plan = plan_basis(
-        n, parameters[0].element_size(), k=kept + 1, smallest=0, max_steps=params.max_steps, slq_steps=1,
+    asked = partial(
+        plan_basis, n, parameters[0].element_size(), k=kept + 1, smallest=0, max_steps=params.max_steps, slq_steps=1,
         max_basis_gb=params.max_basis_gb,
     )  # fmt: skip
-    kept = min(kept, plan.k if plan.k == n else max(plan.k - 1, 1))
+    plan = asked()
     with require_gradients(parameters), double_backward_attention():
         check_labels(model, rows)
         try:
             batches = plan_batches(model, parameters, rows, params.micro_batch, params.max_graph_gb)
             losses = losses_of(model, rows, batches.micro_batches)
             with HessianOperator(losses, parameters, keep_graphs=batches.keep_graphs) as operator:
+                plan, vectors = settle(plan, operator, batches.graph_bytes, lambda free: asked(free=free))
+                kept = min(kept, plan.k if plan.k == n else max(plan.k - 1, 1))
                 pairs = bounded_eigenpairs(
-                    operator, largest=plan.k, tolerance=params.tolerance, max_steps=plan.max_steps,
+                    vectors, largest=plan.k, tolerance=params.tolerance, max_steps=plan.max_steps,
                     max_basis=plan.basis, generator=torch.Generator().manual_seed(streams(seed, 1)[0]),
                 ).largest  # fmt: skip
         except NonFiniteError as error:

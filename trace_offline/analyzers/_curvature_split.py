@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +24,7 @@ from trace_offline.analyzers._curvature_batch import (
     plan_batches,
     weights_of,
 )
-from trace_offline.analyzers._curvature_plan import BasisPlan, plan_basis
+from trace_offline.analyzers._curvature_plan import BasisPlan, plan_basis, settle, vectors_at
 from trace_offline.core.errors import NotApplicable
 from trace_offline.core.types import Measurement, Result
 from trace_offline.estimators.hutchpp import range_of, sphere_probe
@@ -72,10 +73,11 @@ def measure_split(
     sides = _sides(evaluation, heldout, params, seed)
     model = in_dtype(model, params.dtype)
     parameters = weights_of(model)
-    plan = plan_basis(
-        sum(p.numel() for p in parameters), parameters[0].element_size(), k=params.k, smallest=0,
+    asked = partial(
+        plan_basis, sum(p.numel() for p in parameters), parameters[0].element_size(), k=params.k, smallest=0,
         max_steps=params.max_steps, slq_steps=1, max_basis_gb=params.max_basis_gb,
     )  # fmt: skip
+    asked()  # what does not fit is said before anything is computed
     for side in sides:
         yield _number("sequences", len(side.rows), len(side.rows), side.label)
     yield _number("shared_sequences", _shared(*sides), len(sides[1].rows))
@@ -83,7 +85,7 @@ def measure_split(
         for side in sides:
             check_labels(model, side.rows)
         try:
-            products = _measure(model, parameters, sides, plan, params, seed)
+            products, plan = _measure(model, parameters, sides, asked, params, seed)
         except NonFiniteError as error:
             for metric in ("batch_loss", "trace", "top_eigenvalue"):
                 for side in sides:
@@ -92,6 +94,7 @@ def measure_split(
                 yield _number(metric, None, len(sides[0].rows), reason=str(error))
             return
     yield from _report(sides)
+    yield _number("basis_on_host", float(plan.host), len(sides[0].rows))
     yield _number("products", products, len(sides[0].rows))
 
 
@@ -154,25 +157,32 @@ def _measure(
     model: ModelView,
     parameters: list[Tensor],
     sides: list[_Side],
-    plan: BasisPlan,
+    asked: Callable[..., BasisPlan],
     params: TrainHeldoutCurvatureAnalyzer.Params,
     seed: int,
-) -> int:
-    """Fill the sides; the number of products. One side's graphs are held at a time."""
+) -> tuple[int, BasisPlan]:
+    """Fill the sides; the number of products and the plan. One side's graphs are held at a time."""
     search_seed, probe_seed = streams(seed, 2)
-    products = 0
+    products, plan = 0, None
     for side in sides:
-        with _operator(model, parameters, side, params, None) as operator:
+        operator, reserve = _operator(model, parameters, side, params, None)
+        with operator:
+            if plan is None:  # both sides' vectors in one place, they meet in one basis
+                plan, _ = settle(asked(), operator, reserve, lambda free: asked(free=free))
             spectrum = bounded_eigenpairs(
-                operator, largest=plan.k, tolerance=params.tolerance, max_steps=plan.max_steps, max_basis=plan.basis,
+                vectors_at(operator, plan.host), largest=plan.k, tolerance=params.tolerance,
+                max_steps=plan.max_steps, max_basis=plan.basis,
                 generator=torch.Generator().manual_seed(search_seed),
             )  # fmt: skip
             side.top = spectrum.largest
             products += operator.products
     # One subspace for both sides, so that the same random vectors serve both and their noise cancels in the ratio.
     basis = range_of(torch.cat([side.top.vectors for side in sides if side.top is not None]))
+    assert plan is not None  # there are two sides
     for side in sides:
-        with _operator(model, parameters, side, params, 1) as operator:
+        operator, _ = _operator(model, parameters, side, params, 1)
+        vectors = vectors_at(operator, plan.host)
+        with operator:
             assert side.top is not None
             side.losses = np.array(operator.losses)
             side.forms = operator.forms(side.top.vectors[0]).numpy()
@@ -180,12 +190,12 @@ def _measure(
             draw = torch.Generator().manual_seed(probe_seed)
             rest = operator.n - len(basis)
             probes = params.trace_probes if rest else 0
-            table = [rest * operator.forms(sphere_probe(operator, draw, basis)).numpy() + known for _ in range(probes)]
+            table = [rest * operator.forms(sphere_probe(vectors, draw, basis)).numpy() + known for _ in range(probes)]
             side.traces = np.stack(table) if table else known[None]
             products += operator.products
             if not np.isfinite(side.traces).all():
                 raise NonFiniteError("the product with a random vector is not finite")
-    return products
+    return products, plan
 
 
 def _operator(
@@ -194,9 +204,11 @@ def _operator(
     side: _Side,
     params: TrainHeldoutCurvatureAnalyzer.Params,
     micro_batch: int | None,
-) -> HessianOperator:
+) -> tuple[HessianOperator, int]:
+    """The Hessian of one side, and the bytes that a product takes for itself."""
     plan = plan_batches(model, parameters, side.rows, micro_batch, params.max_graph_gb)
-    return HessianOperator(losses_of(model, side.rows, plan.micro_batches), parameters, keep_graphs=plan.keep_graphs)
+    losses = losses_of(model, side.rows, plan.micro_batches)
+    return HessianOperator(losses, parameters, keep_graphs=plan.keep_graphs), plan.graph_bytes
 
 
 def _report(sides: list[_Side]) -> Iterator[Measurement]:

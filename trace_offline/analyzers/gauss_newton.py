@@ -32,6 +32,9 @@ def _metrics(letter: str, matrix: str) -> tuple[MetricSpec, ...]:
         MetricSpec("trace_ratio", "1", f"Tr({letter}) / Tr(H) from paired probes"),
         MetricSpec("gradient_curvature", "nats", f"along the gradient g of the loss, gᵀ{letter}g / gᵀg"),
         MetricSpec("products", "products", f"products with the {matrix}"),
+        MetricSpec(
+            "basis_on_host", "1", "1 where Lanczos vectors lay in host memory, the device having no room; else 0"
+        ),
         MetricSpec("hessian_products", "products", "Hessian-vector products"),
         MetricSpec("parameters", "parameters", "order of the matrix: floating parameters, tied ones once"),
     )

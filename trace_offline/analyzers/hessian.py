@@ -92,6 +92,7 @@ class HessianAnalyzer(Analyzer):
         MetricSpec("gradient_top_overlap_chance", "1", "what a random direction would give, k / parameters"),
         MetricSpec("products", "products", "Hessian-vector products used by this analysis"),
         MetricSpec("basis_vectors", "vectors", "Lanczos vectors held at most, within max_basis_gb"),
+        MetricSpec("basis_on_host", "1", "1 where those vectors lay in host memory, the device having no room; else 0"),
         MetricSpec("restarts", "restarts", "how often the basis was compressed for lack of memory; 0 where all fitted"),
         MetricSpec("parameters", "parameters", "order n of the Hessian: floating parameters, tied ones once"),
     )

@@ -31,12 +31,13 @@ class HessianBlocksAnalyzer(Analyzer):
     name = "hessian_blocks"
     version = "1"
     summary = (
-        "eigenvalues, trace and norm of the Hessian's block of each layer's attention, MLP, norms, embedding, head"
+        "eigenvalues, trace, density of the Hessian's block of each layer's attention, MLP, norms, embedding, head"
     )
     reference = (
         "Pearlmutter 1994 (products); Hutchinson 1990 and Meyer, Musco, Musco & Woodruff 2021, arXiv:2010.09649 "
         "(traces of all blocks from shared probes, found eigenpairs deflated); Golub & Van Loan, "
-        "Matrix Computations, 10.1; Wu & Simon 2000 (restarts)"
+        "Matrix Computations, 10.1; Wu & Simon 2000 (restarts); Ghorbani, Krishnan & Xiao 2019, arXiv:1901.10159 "
+        "(stochastic Lanczos quadrature); Roy & Vetterli 2007 (effective rank)"
     )
     needs = frozenset({Need.LOSS_GRADIENTS, Need.LABELS})
     metrics = (
@@ -48,11 +49,30 @@ class HessianBlocksAnalyzer(Analyzer):
             "trace", "nats", "trace of the block; component 'all': of the whole Hessian, the sum over the blocks"
         ),
         MetricSpec("trace_square", "nats²", "squared Frobenius norm of the block, the sum of its squared eigenvalues"),
+        MetricSpec(
+            "effective_rank",
+            "directions",
+            "of the block, exp of the entropy of |λ| / Σ|λ|: directions that its absolute curvature is spread over",
+        ),
+        MetricSpec("negative_mass", "1", "share of the block's absolute curvature that is negative, Σ_{λ<0}|λ| / Σ|λ|"),
+        MetricSpec(
+            "negative_fraction_lower",
+            "1",
+            "the share of the block's eigenvalues below zero is certainly larger than this, for the probes used",
+        ),
+        MetricSpec(
+            "negative_fraction_upper",
+            "1",
+            "the share of the block's eigenvalues below zero is certainly smaller than this, for the probes used",
+        ),
         MetricSpec("gradient_norm", "nats", "Euclidean norm of the block's part of the gradient"),
         MetricSpec("gradient_curvature", "nats", "curvature along the block's part of the gradient, gᵀHg / gᵀg"),
         MetricSpec("parameters", "parameters", "order of the block"),
         MetricSpec(
             "products", "products", "products through the block; component 'all': full ones, shared by all blocks"
+        ),
+        MetricSpec(
+            "basis_on_host", "1", "1 where Lanczos vectors lay in host memory, the device having no room; else 0"
         ),
     )
 
@@ -69,6 +89,16 @@ class HessianBlocksAnalyzer(Analyzer):
             le=10000,
             description="random vectors through each block alone instead: less noise, but so many products per block",
         )
+        slq_probes: int = Field(
+            4, ge=0, le=1000, description="random vectors of each block for density, effective rank and negative mass"
+        )
+        slq_steps: int = Field(
+            10, ge=2, le=1000, description="Lanczos steps for each of them, all through that block alone"
+        )
+        grid_points: int = Field(256, ge=64, le=65536, description="length of the arrays density_grid and density")
+        broadening: float = Field(
+            0.01, gt=0, le=1, description="width of the density's Gaussian kernel, as a share of λ_max − λ_min"
+        )
         max_sequences: int = Field(16, ge=1, description="most sequences of the evaluation set in the loss")
         max_tokens: int = Field(2048, ge=1, description="most tokens of the evaluation set in the loss")
         micro_batch: int | None = Field(
@@ -83,9 +113,9 @@ class HessianBlocksAnalyzer(Analyzer):
         return {}
 
     def measure(self, context: Context) -> Iterator[Result]:
-        """Measurements by layer and component; array ``ritz`` of each block.
+        """Measurements by layer and component; arrays ``density_grid``, ``density``, ``ritz``, … of each block.
 
-        Raises NotApplicable as ``hessian`` does.
+        Raises NotApplicable as ``hessian`` does, but for memory only where not one block fits.
         """
         from trace_offline.analyzers._curvature_blocks import measure_blocks  # torch only when it is needed
 

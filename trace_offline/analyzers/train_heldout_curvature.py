@@ -52,6 +52,9 @@ class TrainHeldoutCurvatureAnalyzer(Analyzer):
         MetricSpec(
             "shared_sequences", "sequences", "held-out rows used whose tokens are those of a training row used; n: rows"
         ),
+        MetricSpec(
+            "basis_on_host", "1", "1 where Lanczos vectors lay in host memory, the device having no room; else 0"
+        ),
         MetricSpec("products", "products", "Hessian-vector products, both sides together"),
     )
 

@@ -88,6 +88,7 @@ class HessianOperator:
 
     def forms(self, vector: Tensor) -> Tensor:
         """``vᵀ H_i v`` of each loss by itself, ``[losses]`` in float64: one product in all."""
+        vector = vector.to(device=self.device, dtype=self.dtype)
         found = [torch.dot(vector, self._product(vector, self._all, only=i)) for i in range(len(self._losses))]
         self.products += 1
         return torch.stack(found).double().cpu()
@@ -96,29 +97,49 @@ class HessianOperator:
         """The diagonal block of the parameters at these places of the list given (tied ones counted once)."""
         return HessianBlock(self, places)
 
+    def block_products(self, blocks: Sequence[HessianBlock], vectors: Sequence[Tensor]) -> list[Tensor]:
+        """``H_bb v_b`` of several blocks. Where graphs are rebuilt, each is built once for all of these products."""
+        results = self._products([(block._places, v) for block, v in zip(blocks, vectors, strict=True)])
+        for block in blocks:
+            block.products += 1
+        return results
+
     def _product(self, vector: Tensor, places: Sequence[int], only: int | None = None) -> Tensor:
+        return self._products([(places, vector)], only)[0]
+
+    def _products(self, asked: Sequence[tuple[Sequence[int], Tensor]], only: int | None = None) -> list[Tensor]:
         chosen = slice(None) if only is None else slice(only, only + 1)
         if self._closed:
             raise RuntimeError("this Hessian was closed; its graph is gone")
-        parameters, sizes = [self._parameters[i] for i in places], [self._sizes[i] for i in places]
-        if vector.shape != (sum(sizes),):
-            raise ValueError(f"expected a vector [{sum(sizes)}], found shape {tuple(vector.shape)}")
-        vector = vector.detach().to(device=self.device, dtype=self.dtype)
-        parts = [part.view_as(p) for part, p in zip(vector.split(sizes), parameters, strict=True)]
-        result = torch.zeros(sum(sizes), dtype=self.dtype, device=self.device)
+        results, parts = [], []
+        for places, vector in asked:
+            sizes = [self._sizes[i] for i in places]
+            if vector.shape != (sum(sizes),):
+                raise ValueError(f"expected a vector [{sum(sizes)}], found shape {tuple(vector.shape)}")
+            moved = vector.detach().to(device=self.device, dtype=self.dtype)
+            pieces = zip(moved.split(sizes), places, strict=True)
+            parts.append([piece.view_as(self._parameters[i]) for piece, i in pieces])
+            results.append(torch.zeros(sum(sizes), dtype=self.dtype, device=self.device))
         if self.kept:
             for graph in self._graphs[chosen]:
-                graph.add_product(parts, result, sizes, places, keep=True)
-        else:
-            for loss, expected in zip(self._losses[chosen], self._values[chosen], strict=True):
-                graph = _GradientGraph(loss, parameters)
-                if abs(graph.loss - expected) > _SAME_LOSS * max(1.0, abs(expected)):
-                    raise TraceOfflineError(
-                        f"the loss changed from {expected:.6g} to {graph.loss:.6g} between two evaluations at the same "
-                        "weights; curvature needs a loss without randomness (is dropout on?)"
-                    )
-                graph.add_product(parts, result, sizes, range(len(places)), keep=False)
-        return result
+                for (places, _), part, result in zip(asked, parts, results, strict=True):
+                    graph.add_product(part, result, [self._sizes[i] for i in places], places, keep=True)
+            return results
+        # only what lies between the loss and these parameters
+        used = list(dict.fromkeys(i for places, _ in asked for i in places))
+        where = {place: index for index, place in enumerate(used)}
+        for loss, expected in zip(self._losses[chosen], self._values[chosen], strict=True):
+            graph = _GradientGraph(loss, [self._parameters[i] for i in used])
+            if abs(graph.loss - expected) > _SAME_LOSS * max(1.0, abs(expected)):
+                raise TraceOfflineError(
+                    f"the loss changed from {expected:.6g} to {graph.loss:.6g} between two evaluations at the same "
+                    "weights; curvature needs a loss without randomness (is dropout on?)"
+                )
+            for index, ((places, _), part, result) in enumerate(zip(asked, parts, results, strict=True)):
+                own = [where[i] for i in places]
+                last = index == len(asked) - 1
+                graph.add_product(part, result, [self._sizes[i] for i in places], own, keep=not last)
+        return results
 
     def close(self) -> None:
         """Free the graphs; ``gradient``, ``loss`` and ``products`` stay. Closing twice is allowed."""

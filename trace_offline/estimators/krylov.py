@@ -87,9 +87,16 @@ class Krylov:
             NonFiniteError: the product is NaN or infinite.
 
         """
+        return self.absorb(self.operator.product(self.pending))
+
+    @property
+    def pending(self) -> Tensor:
+        """``[n]``: the vector whose product is the next to be taken."""
+        return self._basis[self.size]
+
+    def absorb(self, image: Tensor) -> bool:
+        """``step`` with a product taken elsewhere: ``image`` is the operator times ``pending``."""
         place = self.size
-        vector = self._basis[place]
-        image = self.operator.product(vector)
         # First pass of the orthogonalisation, kept apart to look at its coefficients.
         spanned = self._basis[: place + 1]
         along = spanned @ orthogonalize(image, self.deflated, passes=1)
@@ -129,6 +136,10 @@ class Krylov:
         starts = [*[s for s in self.block_starts if s < self.size], self.size]
         index = block if block >= 0 else len(starts) - 1 + block
         return starts[index], starts[index + 1]
+
+    def release(self) -> None:
+        """Free the basis; what the recurrence knows stays."""
+        self._basis = self._basis[:0].clone()
 
     @property
     def blocks(self) -> int:

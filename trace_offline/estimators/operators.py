@@ -73,6 +73,27 @@ class MatrixOperator:
         return self._matrix @ vector
 
 
+class HostVectors:
+    """An operator whose vectors live in host memory; only one at a time visits the device, for its product.
+
+    A Krylov basis of it is on the host, and so is its orthogonalisation: for a device too small to hold both a network
+    and a basis. Twice ``n`` numbers cross between the two for each product.
+    """
+
+    def __init__(self, operator: SymmetricOperator) -> None:
+        self._operator = operator
+        self.n, self.dtype, self.device = operator.n, operator.dtype, torch.device("cpu")
+
+    @property
+    def products(self) -> int:
+        """Products taken so far, by whomever."""
+        return self._operator.products
+
+    def product(self, vector: Tensor) -> Tensor:
+        """``A v``, ``[n] → [n]``, both on the host."""
+        return self._operator.product(vector.to(self._operator.device)).to(self.device)
+
+
 def standard_normal(operator: SymmetricOperator, generator: torch.Generator) -> Tensor:
     """A vector ``[n]`` of independent standard normals in the operator's dtype and on its device.
 

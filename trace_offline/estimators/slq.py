@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -282,31 +282,50 @@ def spectral_quadrature(
     if len(values) != count:
         raise ValueError(f"expected one vector for each known eigenvalue, found {len(values)} and {count}")
     before = operator.products
-    share = (operator.n - count) / operator.n
-    rules: list[tuple[Floats, Floats]] = []
-    recurrences: list[tuple[Floats, Floats]] = []
-    closed: list[bool] = []
+    spaces = []
     for _ in range(probes if count < operator.n else 0):
-        krylov = Krylov(
-            operator,
-            steps,
-            breakdown=100 * torch.finfo(operator.dtype).eps,
-            deflated=exact_vectors if count else None,
-            scale=float(np.abs(values).max()) if count else 0.0,
-        )
-        krylov.begin(generator)
-        is_open = True
-        while is_open and not krylov.full:
-            is_open = krylov.step()
-        recurrences.append((np.asarray(krylov.alphas), np.asarray(krylov.betas[:-1])))
-        rules.append(_gauss_rule(*recurrences[-1], share))
-        closed.append(not is_open)
+        krylov = probe_space(operator, steps, generator, values, exact_vectors)
+        while krylov.step() and not krylov.full:
+            pass
+        krylov.release()
+        spaces.append(krylov)
+    return quadrature_of(operator, spaces, values, operator.products - before)
+
+
+def probe_space(
+    operator: SymmetricOperator,
+    steps: int,
+    generator: torch.Generator,
+    exact_values: Floats,
+    exact_vectors: Tensor | None,
+) -> Krylov:
+    """The Krylov space of one random vector in the complement of known eigenpairs, before its first product."""
+    count = len(exact_values)
+    krylov = Krylov(
+        operator,
+        steps,
+        breakdown=100 * torch.finfo(operator.dtype).eps,
+        deflated=exact_vectors if count else None,
+        scale=float(np.abs(exact_values).max()) if count else 0.0,
+    )
+    krylov.begin(generator)
+    return krylov
+
+
+def quadrature_of(
+    operator: SymmetricOperator, spaces: Sequence[Krylov], exact_values: Floats, products: int
+) -> Quadrature:
+    """The quadrature behind finished Krylov spaces, one for each probe (none: all eigenvalues are known)."""
+    share = (operator.n - len(exact_values)) / operator.n
+    recurrences = [(np.asarray(space.alphas), np.asarray(space.betas[:-1])) for space in spaces]
+    rules = [_gauss_rule(diagonal, off, share) for diagonal, off in recurrences]
     return Quadrature(
         nodes=tuple(nodes for nodes, _ in rules),
         weights=tuple(weights for _, weights in rules),
-        closed=tuple(closed),
+        # the space is exhausted when nothing is left beyond its last vector
+        closed=tuple(space.betas[-1] == 0 for space in spaces),
         recurrences=tuple(recurrences),
-        exact=values,
+        exact=exact_values,
         n=operator.n,
-        products=operator.products - before,
+        products=products,
     )
