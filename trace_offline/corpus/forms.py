@@ -176,13 +176,13 @@ def _check_form(form: str) -> None:
 
 
 def _looks_like_jsonl(path: Path) -> bool:
-    """Whether the first line is a whole object with "words"."""
+    """Whether the first line is a whole object with "words", or any object in a file that calls itself JSONL."""
     try:
         with path.open(encoding="utf-8") as file:
             first = json.loads(file.readline())
     except (OSError, ValueError):
         return False
-    return isinstance(first, dict) and "corpus" not in first and "sentence" not in first
+    return isinstance(first, dict) and ("words" in first or path.suffix == ".jsonl")
 
 
 def _form_of(record: Any, path: Path) -> str:
