@@ -12,7 +12,7 @@ from trace_offline.analyzers.output import OutputAnalyzer
 from trace_offline.core.errors import EvaluationSetError, NotApplicable
 
 VOCABULARY = 12
-METRICS = ("accuracy", "loss", "class_probability")
+METRICS = ("accuracy", "loss", "class_probability", "target_probability", "class_mass")
 
 
 def make(
@@ -54,6 +54,9 @@ def plain_loop(evaluation: FakeEvaluation, logits: torch.Tensor, task: str) -> d
         known = start >= shift and int(tokens.targets[row, start - shift]) != -100
         first.append(int(tokens.targets[row, start - shift] if known else tokens.input_ids[row, start]))
     out: dict[str, list] = {"label": [], "row": [], "loss": [], "accuracy": [], "class_probability": []}
+    out |= {"target_probability": [], "class_mass": [], "target": [], "confidence": [], "masses": []}
+    names = sorted({w[3] for w in words})
+    begins = {c: {token for w, token in zip(words, first, strict=True) if w[3] == c} for c in names}
     for row, start, _, label in words:
         if start - shift < 0 or int(tokens.targets[row, start - shift]) == -100:
             continue
@@ -69,7 +72,36 @@ def plain_loop(evaluation: FakeEvaluation, logits: torch.Tensor, task: str) -> d
         out["loss"].append(-float(p[target].log()))
         out["accuracy"].append(float(int(p.argmax()) == target))
         out["class_probability"].append(mass)
+        out["target_probability"].append(float(p[target]))
+        out["class_mass"].append(sum(float(p[v]) for v in range(VOCABULARY) if v in begins[label]))
+        out["target"].append(target)
+        out["confidence"].append(float(p.max()))
+        shared = dict.fromkeys(names, 0.0)
+        for w, token in zip(words, first, strict=True):
+            shared[w[3]] += float(p[token]) / first.count(token) if 0 <= token < VOCABULARY else 0.0
+        out["masses"].append([shared[c] for c in names])
     return {name: np.array(values) for name, values in out.items()}
+
+
+def starters(evaluation: FakeEvaluation, task: str, label: str) -> set[int]:
+    """First tokens of the words of a class (masked ones are known by their labels)."""
+    own = evaluation.labels if evaluation.objective == "masked_lm" else evaluation.input_ids
+    found = set()
+    for row, start, _, name in evaluation.annotations[task]:
+        token = int(own[row, start])
+        if name == label:
+            found.add(int(evaluation.input_ids[row, start]) if token == -100 else token)
+    return found
+
+
+def binned(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """Expected calibration error by a loop over the bins."""
+    total = 0.0
+    for low in range(15):
+        inside = [i for i, c in enumerate(confidence) if low / 15 < c <= (low + 1) / 15 or (low == 0 and c == 0)]
+        if inside:
+            total += abs(float(np.mean(correct[inside])) - float(np.mean(confidence[inside]))) * len(inside)
+    return total / len(confidence)
 
 
 @pytest.mark.parametrize(("shifted", "masked"), [(True, 0.0), (False, 0.0), (False, 0.4)])
@@ -92,6 +124,19 @@ def test_equals_a_plain_loop(shifted: bool, masked: float) -> None:
             shares = {c: (words["label"] == c).mean() for c in classes}
             assert share.value == pytest.approx(sum(s * s for s in shares.values()) if label is None else shares[label])
             assert share.n == len(words["row"])
+            chance = one(found, "class_mass_chance", task=task, label=label)
+            members = {c: np.mean([t in starters(evaluation, task, c) for t in words["target"]]) for c in classes}
+            expected = sum(shares[c] * members[c] for c in classes) if label is None else members[label]
+            assert chance.value == pytest.approx(expected)
+            error = one(found, "calibration_error", task=task, label=label)
+            assert error.value == pytest.approx(
+                binned(words["confidence"][chosen], words["accuracy"][chosen]), abs=1e-6
+            )
+            if label is not None:
+                error = one(found, "class_calibration_error", task=task, label=label)
+                mine = words["masses"][:, classes.index(label)]
+                assert error.value == pytest.approx(binned(mine, words["label"] == label), abs=1e-6)
+                assert error.n == len(words["row"])
 
 
 def test_batches_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +176,33 @@ def test_a_perfect_predictor() -> None:
     found, _ = run(OutputAnalyzer(), evaluation, logits=logits)
     for label in (*"abc", None):
         values = [one(found, metric, task="pos", label=label).value for metric in METRICS]
-        assert values == pytest.approx([1.0, 0.0, 1.0], abs=1e-6)
+        assert values == pytest.approx([1.0, 0.0, 1.0, 1.0, 1.0], abs=1e-6)
+        assert one(found, "calibration_error", task="pos", label=label).value == pytest.approx(0, abs=1e-6)
+        if label is not None:
+            assert one(found, "class_calibration_error", task="pos", label=label).value == pytest.approx(0, abs=1e-6)
+
+
+def test_a_token_of_two_classes_counts_for_both_masses() -> None:
+    """Token 1 begins words of both classes, token 2 of b only; the network is sure of token 1."""
+    ids = torch.tensor([[0, 1], [0, 1], [0, 2], [0, 1]])
+    words = [(0, 1, 2, "a"), (1, 1, 2, "a"), (2, 1, 2, "b"), (3, 1, 2, "b")]
+    logits = torch.tensor([0.0, 3.0, 1.0]).expand(4, 2, 3)
+    p = torch.tensor([0.0, 3.0, 1.0]).softmax(0).tolist()
+    found, _ = run(OutputAnalyzer(), FakeEvaluation(ids, {"pos": words}), logits=logits)
+    assert one(found, "class_mass", task="pos", label="a").value == pytest.approx(p[1])
+    assert one(found, "class_mass", task="pos", label="b").value == pytest.approx(p[1] + p[2])
+    assert one(found, "class_probability", task="pos", label="b").value == pytest.approx(p[1] / 3 + p[2])
+    assert one(found, "class_mass_chance", task="pos", label="a").value == pytest.approx(3 / 4)
+    assert one(found, "class_mass_chance", task="pos", label="b").value == pytest.approx(1)
+    assert one(found, "class_mass_chance", task="pos").value == pytest.approx(7 / 8)
+
+
+def test_words_of_several_labels_have_no_classwise_calibration() -> None:
+    ids = torch.randint(0, 5, (6, 4), generator=torch.Generator().manual_seed(0))
+    words = [(row, 1, 2, label) for row in range(6) for label in "ab"]
+    found, _ = run(OutputAnalyzer(), FakeEvaluation(ids, {"pos": words}), logits=torch.zeros(6, 4, 5))
+    assert "carry several labels" in one(found, "class_calibration_error", task="pos", label="a").reason
+    assert one(found, "calibration_error", task="pos", label="a").value is not None
 
 
 def test_labels_that_are_no_tokens_define_the_classes_themselves() -> None:

@@ -10,6 +10,7 @@ from trace_offline.estimators.clustered import (
     Estimate,
     cluster_codes,
     cluster_sums,
+    combined_ratios,
     jackknife,
     ratio,
     sum_of_squared_shares,
@@ -110,3 +111,33 @@ def test_cluster_codes_keep_groups_whole_and_even() -> None:
     assert set(np.bincount(merged)) == {15, 16}
     np.testing.assert_array_equal(cluster_sums(np.arange(7.0), codes, 4), [12.0, 1.0, 6.0, 2.0])
     np.testing.assert_array_equal(cluster_sums(np.ones((7, 2)), codes, 4), [[3, 3], [2, 2], [1, 1], [1, 1]])
+
+
+def test_combined_ratios_by_a_jackknife_and_by_independence() -> None:
+    rng = np.random.default_rng(0)
+    b = rng.integers(0, 5, (400, 3)).astype(float)
+    a = b * rng.normal([1.0, 2.0, 3.0], 0.3, (400, 3))
+    weights = np.array([1.0, -0.5, -0.5])
+    found = combined_ratios(a, b, weights)
+    assert found.value == pytest.approx(float(weights @ (a.sum(0) / b.sum(0))))
+    left_out = [float(weights @ ((a.sum(0) - a[g]) / (b.sum(0) - b[g]))) for g in range(400)]
+    assert found.stderr == pytest.approx(np.sqrt(399 / 400 * ((left_out - np.mean(left_out)) ** 2).sum()), rel=0.02)
+    # clusters that count for one mean only: the two are independent, and their variances add
+    a[:200, 1], b[:200, 1], a[200:, 0], b[200:, 0] = 0, 0, 0, 0
+    one, other = ratio(a[:200, 0], b[:200, 0]), ratio(a[200:, 1], b[200:, 1])
+    apart = combined_ratios(a[:, :2], b[:, :2], np.array([1.0, -1.0]))
+    assert one.stderr is not None
+    assert other.stderr is not None
+    assert apart.stderr == pytest.approx(np.hypot(one.stderr, other.stderr), rel=0.01)
+
+
+def test_combined_ratios_of_one_mean_are_the_ratio() -> None:
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=30), rng.integers(1, 4, 30).astype(float)
+    found, expected = combined_ratios(a[:, None], b[:, None], np.ones(1)), ratio(a, b)
+    assert (found.value, found.stderr) == (pytest.approx(expected.value), pytest.approx(expected.stderr))
+    empty = combined_ratios(np.zeros((3, 2)), np.array([[1.0, 0], [1, 0], [1, 0]]), np.ones(2))
+    assert empty.value is None
+    few = combined_ratios(np.ones((3, 2)), np.array([[1.0, 0], [1, 1], [1, 0]]), np.ones(2))
+    assert few.value is not None
+    assert few.stderr is None

@@ -11,6 +11,19 @@ share of class c among the annotated words of the evaluation set that begin with
 averaged over the words of class c. Tokens that begin no annotated word count for no class, so the masses sum to at most
 1; nothing is rescaled. ``class_share`` is what a predictor that knows only how often each token begins a word would
 reach: the share of class c, and Σ_c share² over all words.
+
+``class_mass`` counts a token wholly for every class that it ever begins a word of:
+
+    mass on c = Σ_v p(v) · 1[some annotated word of class c begins with v],
+
+so a token that begins words of two classes counts for both and the masses may sum to more than 1.
+``class_mass_chance`` is its value for the same predictor: the share of all words whose first token begins some word of
+class c.
+
+Calibration comes in two kinds. ``calibration_error`` bins the words *of a class* by the confidence of the most likely
+token; being right is more likely for some classes than for others at equal confidence, so it says how much confidence
+misleads on this class and need not be 0 even for the true distribution. ``class_calibration_error`` (classwise) bins
+*all* words by p(c), the ``class_probability`` of c, and compares with how often the word is of class c.
 """
 
 from __future__ import annotations
@@ -27,24 +40,50 @@ from trace_offline.analyzers.base import Analyzer, Context, MetricSpec, Need
 from trace_offline.core.errors import EvaluationSetError, NotApplicable
 from trace_offline.core.params import Params as BaseParams
 from trace_offline.core.types import Result
-from trace_offline.estimators.clustered import Codes, Floats, cluster_codes, ratio, sum_of_squared_shares
+from trace_offline.estimators.calibration import CalibrationBins
+from trace_offline.estimators.clustered import (
+    JACKKNIFE_GROUPS,
+    Codes,
+    Estimate,
+    Floats,
+    cluster_codes,
+    ratio,
+    sum_of_squared_shares,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trace_offline.evaluation.evaluation_set import EvaluationSet, Spans
 
-_COUNT, _NLL, _CORRECT, _MASS = range(4)
-_METRICS = ("accuracy", "loss", "class_probability")
+_COUNT, _NLL, _CORRECT, _MASS, _TARGET, _WHOLE_MASS = range(6)
+_METRICS = {
+    "accuracy": _CORRECT,
+    "loss": _NLL,
+    "class_probability": _MASS,
+    "target_probability": _TARGET,
+    "class_mass": _WHOLE_MASS,
+}
 _ROWS = 1024
+_CALIBRATED_CLASSES = 256
+"""Calibration bins are kept for each class and group of sequences: megabytes at this number of classes."""
 
 
 @dataclass(frozen=True)
 class TaskSums:
-    """Sums per cluster and class ``[G, K, 4]`` (words, NLL, correct, mass on the right class) of one task."""
+    """Sums per cluster and class ``[G, K, 6]`` of one task: words, NLL, correct, mass on the right class (shared among
+    the classes of a token), probability of the token, mass on the right class (undivided).
+
+    ``members [G, K]``: words whose first token begins some word of class c. ``confidence``, ``by_class``: calibration
+    bins of groups × classes, none for very many classes. ``several``: some words carry several labels.
+    """
 
     classes: tuple[str, ...]
     sums: Floats
+    members: Floats
+    confidence: CalibrationBins
+    by_class: CalibrationBins
+    several: bool
     undefined: int
     infinite: int
 
@@ -59,7 +98,15 @@ class _Task:
         self.classes = spans.classes
         self.tokens, self.shares = class_given_token(first_tokens(spans, evaluation)[order], self.label, self.classes)
         self.cluster = clusters[self.row]
-        self.sums: Floats = np.zeros((int(clusters.max()) + 1, len(self.classes), 4))
+        clusters_n, self.n_classes = int(clusters.max()) + 1, len(self.classes)
+        self.sums: Floats = np.zeros((clusters_n, self.n_classes, 6))
+        self.members: Floats = np.zeros((clusters_n, self.n_classes))
+        self.coarse = cluster_codes(evaluation.group, JACKKNIFE_GROUPS)[self.row]
+        groups = int(self.coarse.max(initial=0)) + 1 if self.n_classes <= _CALIBRATED_CLASSES else 0
+        places = np.unique(self.row * (evaluation.max_length + 1) + spans.start[order])
+        self.several = len(places) < len(self.row)
+        self.confidence = CalibrationBins(groups * self.n_classes)
+        self.by_class = CalibrationBins(groups * self.n_classes)
         self.undefined = self.infinite = 0
 
     def words(self, examples: Codes, targets: Tensor) -> tuple[Codes, Codes]:
@@ -128,14 +175,14 @@ class WordPredictionCollector:
         places = np.unique(np.concatenate([place for _, place in found.values()]))
         if not len(places):
             return
-        nll, correct, undefined, on_tokens = self._read(batch, places)
+        nll, correct, top, target, on_tokens = self._read(batch, places)
         for name, (index, place) in found.items():
             if len(index):
                 at = np.searchsorted(places, place)
-                self._add(name, index, nll[at], correct[at], undefined[at], on_tokens[at])
+                self._add(name, index, nll[at], correct[at], top[at], target[at], on_tokens[at])
 
-    def _read(self, batch: ForwardBatch, places: Codes) -> tuple[Floats, Floats, Codes, Floats]:
-        """NLL, correct, undefined ``[n]`` and probabilities of the tokens that begin words ``[n, U]``."""
+    def _read(self, batch: ForwardBatch, places: Codes) -> tuple[Floats, Floats, Floats, Codes, Floats]:
+        """NLL, correct, top probability (NaN: undefined), target ``[n]``; p of tokens that begin words ``[n, U]``."""
         import torch
 
         log_p = batch.log_probabilities
@@ -159,29 +206,53 @@ class WordPredictionCollector:
                 (
                     -rows.gather(1, target[:, None])[:, 0].double(),
                     (predicted == target).double(),
-                    top.isnan().long(),
+                    top.double().exp(),
+                    target,
                     rows[:, tokens].exp(),
                 )
             )
-        nll, correct, undefined, on_tokens = (
+        nll, correct, confidence, labels, on_tokens = (
             torch.cat(list(column)).cpu().numpy() for column in zip(*parts, strict=True)
         )
-        return nll, correct, undefined, on_tokens
+        return nll, correct, confidence, labels, on_tokens
 
-    def _add(self, name: str, index: Codes, nll: Floats, correct: Floats, undefined: Codes, on_tokens: Floats) -> None:
+    def _add(
+        self,
+        name: str,
+        index: Codes,
+        nll: Floats,
+        correct: Floats,
+        top: Floats,
+        target: Codes,
+        on_tokens: Floats,
+    ) -> None:
         task = self._tasks[name]
-        label = task.label[index]
-        mass = on_tokens[:, self._places[name]] @ task.shares.astype(np.float32)
-        task.undefined += int(undefined.sum())
+        label, rows = task.label[index], np.arange(len(index))
+        known = on_tokens[:, self._places[name]]
+        shared = known @ task.shares.astype(np.float32)
+        whole = known @ (task.shares > 0).astype(np.float32)
+        task.undefined += int(np.isnan(top).sum())
         task.infinite += int(np.isinf(nll).sum())
         groups, classes = task.sums.shape[:2]
         cells = task.cluster[index] * classes + label
-        for slot, values in enumerate((np.ones(len(index)), nll, correct, mass[np.arange(len(index)), label])):
+        columns = (np.ones(len(index)), nll, correct, shared[rows, label], np.exp(-nll), whole[rows, label])
+        for slot, values in enumerate(columns):
             task.sums[:, :, slot] += np.bincount(cells, weights=values, minlength=groups * classes).reshape(groups, -1)
+        token = np.minimum(np.searchsorted(task.tokens, target), len(task.tokens) - 1)
+        belongs = (task.shares[token] > 0) & (task.tokens[token] == target)[:, None]
+        np.add.at(task.members, task.cluster[index], belongs.astype(np.float64))
+        if not task.undefined and len(task.confidence.sums):
+            task.confidence.add(top, correct.astype(bool), task.coarse[index] * classes + label)
+            every = (task.coarse[index][:, None] * classes + np.arange(classes)).reshape(-1)
+            hit = label[:, None] == np.arange(classes)
+            task.by_class.add(shared.reshape(-1).astype(np.float64), hit.reshape(-1), every)
 
     def finish(self) -> dict[str, TaskSums]:
         """Sums by task."""
-        return {name: TaskSums(t.classes, t.sums, t.undefined, t.infinite) for name, t in self._tasks.items()}
+        return {
+            name: TaskSums(t.classes, t.sums, t.members, t.confidence, t.by_class, t.several, t.undefined, t.infinite)
+            for name, t in self._tasks.items()
+        }
 
 
 class OutputAnalyzer(Analyzer):
@@ -189,14 +260,24 @@ class OutputAnalyzer(Analyzer):
 
     name = "output"
     version = "1"
-    summary = "next-token accuracy, loss and probability on the right class of word, per annotated task and class"
-    reference = "Cochran 1977, Sampling Techniques, 6.3 (standard error of a ratio over sequences)"
+    summary = "next-token accuracy, loss, calibration and probability on the right class of word, per task and class"
+    reference = (
+        "Cochran 1977, Sampling Techniques, 6.3 (standard error of a ratio over sequences); Guo et al. 2017, "
+        "arXiv:1706.04599, and Kull et al. 2019, arXiv:1910.12656 (calibration error, classwise)"
+    )
     needs = frozenset({Need.LOGITS, Need.LABELS})
     metrics = (
         MetricSpec("accuracy", "1", "share of words of the class whose first sub-word is the most likely prediction"),
         MetricSpec("loss", "nats", "mean negative log-probability of the first sub-word of words of the class"),
         MetricSpec("class_probability", "1", "mean probability on tokens that begin words of the right class"),
         MetricSpec("class_share", "1", "chance level of class_probability: the class's share of the words"),
+        MetricSpec("target_probability", "1", "mean probability of the first sub-word of words of the class"),
+        MetricSpec("class_mass", "1", "mean probability on tokens that begin some word of the right class, undivided"),
+        MetricSpec("class_mass_chance", "1", "chance level of class_mass: share of words that begin with such tokens"),
+        MetricSpec("calibration_error", "1", "expected calibration error of the most likely token, words of the class"),
+        MetricSpec(
+            "class_calibration_error", "1", "classwise: all words, class_probability against being of the class"
+        ),
     )
 
     class Params(BaseParams):
@@ -219,22 +300,51 @@ class OutputAnalyzer(Analyzer):
         counts = found.sums[:, :, _COUNT]
         total = int(counts.sum())
         broken, unbounded = not_finite(found.undefined, found.infinite, total)
-        reasons = {"accuracy": broken, "loss": unbounded, "class_probability": broken}
-        slots = {"accuracy": _CORRECT, "loss": _NLL, "class_probability": _MASS}
+        many = one_label = None
+        if len(found.classes) > _CALIBRATED_CLASSES:
+            many = f"calibration is measured for up to {_CALIBRATED_CLASSES} classes; the task has {len(found.classes)}"
+        if found.several:
+            one_label = "words of this task carry several labels, so that their probabilities need not sum to 1"
         for k, label in (*enumerate(found.classes), (None, None)):
+            where = {"task": task, "label": label}
             count = counts.sum(1) if k is None else counts[:, k]
             n = int(count.sum())
             nothing = None if n else "no prediction of the evaluation set has such a word as its target"
-            for metric in _METRICS:
-                reason = nothing or reasons[metric]
+            for metric, slot in _METRICS.items():
+                reason = nothing or (unbounded if metric == "loss" else broken)
                 if reason is not None:
-                    yield missing(metric, reason, n, task=task, label=label)
+                    yield missing(metric, reason, n, **where)
                     continue
-                values = found.sums[:, :, slots[metric]]
+                values = found.sums[:, :, slot]
                 estimate = ratio(values.sum(1) if k is None else values[:, k], count)
-                yield measurement(metric, estimate, n, task=task, label=label)
+                yield measurement(metric, estimate, n, **where)
+            confidence = _calibration(found.confidence, k, counts)
+            yield measurement("calibration_error", confidence, n, nothing or broken or many, **where)
             if total == 0:
-                yield missing("class_share", str(nothing), 0, task=task, label=label)
+                for metric in ("class_share", "class_mass_chance", "class_calibration_error"):
+                    yield missing(metric, str(nothing), 0, **where)
                 continue
             share = sum_of_squared_shares(counts) if k is None else ratio(count, counts.sum(1))
-            yield measurement("class_share", share, total, task=task, label=label)
+            yield measurement("class_share", share, total, **where)
+            chance = _mass_chance(counts, found.members) if k is None else ratio(found.members[:, k], counts.sum(1))
+            yield measurement("class_mass_chance", chance, total, **where)
+            if k is not None:
+                calibration = _calibration(found.by_class, k, counts)
+                yield measurement("class_calibration_error", calibration, total, broken or many or one_label, **where)
+
+
+def _calibration(bins: CalibrationBins, k: int | None, counts: Floats) -> Estimate:
+    """Calibration error of one class, or of all words together."""
+    classes = counts.shape[1]
+    table = bins.sums.reshape(-1, classes, *bins.sums.shape[1:])
+    chosen = CalibrationBins(len(table), bins.n_bins)
+    chosen.sums = table.sum(1) if k is None else table[:, k]
+    return chosen.error()
+
+
+def _mass_chance(counts: Floats, members: Floats) -> Estimate:
+    """Σ_c s_c m_c with s_c the share of class c and m_c its chance level; standard error by linearisation."""
+    per_cluster = counts.sum(1)
+    total = float(per_cluster.sum())
+    shares, chances = counts.sum(0) / total, members.sum(0) / total
+    return Estimate(float(shares @ chances), ratio(counts @ chances + members @ shares, per_cluster).stderr)

@@ -67,6 +67,27 @@ def ratio(numerators: Floats, denominators: Floats) -> Estimate:
     return Estimate(value, math.sqrt(clusters / (clusters - 1) * float(residual @ residual)) / abs(total))
 
 
+def combined_ratios(numerators: Floats, denominators: Floats, weights: Floats) -> Estimate:
+    """Σ_k w_k R_k with R_k = Σ_g a_gk / Σ_g b_gk: a difference of two means (w = 1, −1), an average of class means.
+
+    ``numerators [G, K]``, ``denominators [G, K]``: sums per cluster; ``weights [K]``. A cluster may count for several
+    means, whose dependence is then taken into account: stderr² = G/(G−1) · Σ_g (Σ_k w_k (a_gk − R_k b_gk) / Σ b_k)².
+    No value when one of the means has no observation.
+    """
+    totals = denominators.sum(0)
+    if not len(denominators) or (totals == 0).any():
+        return Estimate(None, None)
+    means = numerators.sum(0) / totals
+    value = float(weights @ means)
+    used = (denominators != 0).any(1)
+    clusters = int(used.sum())
+    # a mean of a single cluster has no known spread, however many clusters the others have
+    if clusters < 2 or ((denominators != 0).sum(0) < 2).any():
+        return Estimate(value, None)
+    influence = ((numerators[used] - means * denominators[used]) / totals) @ weights
+    return Estimate(value, math.sqrt(clusters / (clusters - 1) * float(influence @ influence)))
+
+
 def sum_of_squared_shares(counts: Floats) -> Estimate:
     """Σ_c s_c² with s_c the share of class c; ``counts [G, K]`` per cluster. Standard error by linearisation.
 
