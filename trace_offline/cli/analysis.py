@@ -16,6 +16,7 @@ from trace_offline.core.steps import parse_steps
 if TYPE_CHECKING:
     from trace_offline.engine.analyze import Summary
     from trace_offline.engine.interrupt import StopRequest
+    from trace_offline.engine.options import AnalyzeOptions
 
 _SHOWN_PROBLEMS = 12
 _SLOW_SECONDS = 10.0
@@ -24,22 +25,47 @@ _INTERRUPTED = "Interrupted. What was finished is stored; the same command goes 
 
 def run_analyze(given: Mapping[str, Any], assignments: list[str], config: Path | None, *, as_json: bool) -> int:
     """Check the options, run, print the summary; the exit code."""
+    from trace_offline.engine.analyze import analyze
+    from trace_offline.engine.progress import default_progress
+
+    options = _options("analyze", given, assignments, config)
+    with ending_well() as stop:
+        summary = analyze(options, default_progress(), stop)
+    return finish([summary], as_json=as_json)
+
+
+def run_watch(
+    given: Mapping[str, Any],
+    assignments: list[str],
+    config: Path | None,
+    *,
+    interval: float,
+    quiet: float | None,
+    as_json: bool,
+) -> int:
+    """Check the options, watch, print the summary; the exit code."""
+    from trace_offline.engine.progress import default_progress
+    from trace_offline.engine.watch import Watch
+
+    options = _options("watch", given, assignments, config)
+    with ending_well() as stop:
+        summary = Watch(options, interval, quiet, default_progress(), stop).run()
+    return finish([summary], as_json=as_json)
+
+
+def _options(verb: str, given: Mapping[str, Any], assignments: list[str], config: Path | None) -> AnalyzeOptions:
     merged, params = merge_settings(given, assignments, read_config(config) if config else RunConfig())
     for name, option in (("source", "SOURCE"), ("evaluation_set", "--evaluation-set"), ("store", "--store")):
         if name not in merged:
-            raise UsageError(f"analyze needs {option}. See: trace-offline analyze --help")
-    from trace_offline.engine.analyze import analyze
+            raise UsageError(f"{verb} needs {option}. See: trace-offline {verb} --help")
     from trace_offline.engine.options import AnalyzeOptions, Shard
-    from trace_offline.engine.progress import default_progress
 
     if "steps" in merged:
         merged["steps"] = parse_steps(merged["steps"])
-    merged["analyzers"] = tuple(merged.get("analyzers", ()))
     if "shard" in merged:
         merged["shard"] = Shard.parse(merged["shard"])
-    with ending_well() as stop:
-        summary = analyze(AnalyzeOptions(**merged, params=params), default_progress(), stop)
-    return finish([summary], as_json=as_json)
+    merged["analyzers"] = tuple(merged.get("analyzers", ()))
+    return AnalyzeOptions(**merged, params=params)
 
 
 def run_rerun(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from trace_offline.cli import corpus, evaluation, importing, stores
+from trace_offline.cli import corpus, evaluation, events, importing, stores, watch
 from trace_offline.core.errors import TraceOfflineError
 
 app = typer.Typer(
@@ -215,8 +215,10 @@ def _root(
         raise typer.Exit
 
 
+events.register(app)
 importing.register(app)
 stores.register(app)
+watch.register(app)
 
 
 def main() -> None:

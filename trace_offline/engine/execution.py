@@ -19,6 +19,7 @@ from trace_offline.engine.fingerprints import hub_entry, remember
 from trace_offline.engine.interrupt import StopRequest
 from trace_offline.engine.plan import Planner
 from trace_offline.engine.progress import Progress, name_of
+from trace_offline.engine.readahead import one_ahead
 from trace_offline.engine.remote import fetched
 from trace_offline.engine.series import SeriesPlan
 from trace_offline.engine.unit import AnalysisRequest, Unit, Wanted
@@ -219,7 +220,7 @@ class Execution:
         gone: list[tuple[Checkpoint, str]] = []
 
         def all_units() -> Iterator[Unit]:
-            for local in units:
+            for local in one_ahead(units):
                 if self.stop.requested:
                     return
                 yield local

@@ -1,0 +1,174 @@
+"""``watch`` beside a real training script that saves, rotates, is killed and started again."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import SmallSeries
+
+from trace_offline import Store
+from trace_offline.engine.interrupt import StopRequest
+from trace_offline.engine.options import AnalyzeOptions
+from trace_offline.engine.watch import Watch
+
+# Goes on from the last step it finds, keeps the newest three, and leaves what a killed save leaves.
+TRAINING = """
+import shutil, sys, time
+from pathlib import Path
+import torch
+from tiny_models import gpt_neox
+from trace_offline.recording import save_checkpoint
+
+folder, last = Path(sys.argv[1]), int(sys.argv[2])
+there = sorted(int(path.name[4:]) for path in folder.glob("step*"))
+model = gpt_neox()
+for step in range(there[-1] + 1 if there else 0, last):
+    torch.manual_seed(step)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape))
+    save_checkpoint(model, folder, step)
+    for old in sorted(folder.glob("step*"), key=lambda path: int(path.name[4:]))[:-3]:
+        shutil.rmtree(old)
+    time.sleep(0.4)
+"""
+
+
+def training(tmp_path: Path, folder: Path, last: int) -> subprocess.Popen[bytes]:
+    script = tmp_path / "train.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n" + TRAINING)
+    return subprocess.Popen([sys.executable, str(script), str(folder), str(last)])
+
+
+def counts(store: Path) -> dict[int, int]:
+    rows = Store.open(store).sql(
+        "select step, count(*) as n from history where metric = 'loss' and analyzer = 'loss' and task is null "
+        "and layer is null group by step"
+    )
+    return {row["step"]: row["n"] for row in rows.to_pylist()}
+
+
+@pytest.mark.slow
+def test_every_surviving_checkpoint_is_analyzed_exactly_once(small_series: SmallSeries, tmp_path: Path) -> None:
+    folder, store = tmp_path / "run", tmp_path / "s.duckdb"
+    order = [
+        *(sys.executable, "-m", "trace_offline.cli.main", "watch", str(folder), "--jobs", "1", "--analyzer", "loss"),
+        *("--evaluation-set", str(small_series.evaluation), "--store", str(store)),
+        *("--interval", "0.3", "--quiet", "15"),
+    ]
+    watching = subprocess.Popen(order, stderr=subprocess.PIPE, text=True)  # before the training has made its folder
+    trainer = training(tmp_path, folder, 1000)
+    deadline = time.monotonic() + 120
+    while (not store.exists() or not counts(store)) and time.monotonic() < deadline:
+        time.sleep(0.3)
+    trainer.send_signal(signal.SIGKILL)
+    trainer.wait()
+    watching.send_signal(signal.SIGKILL)  # and the watch as well; both are started again
+    watching.communicate()
+    reached = max(int(path.name[4:]) for path in folder.glob("step*"))
+    trainer = training(tmp_path, folder, reached + 10)
+    watching = subprocess.Popen(order, stderr=subprocess.PIPE, text=True)
+    trainer.wait(timeout=300)
+    _, said = watching.communicate(timeout=300)
+    assert watching.returncode == 0, said
+    assert "Traceback" not in said
+    done = counts(store)
+    surviving = {int(path.name[4:]) for path in folder.glob("step*")}
+    assert len(surviving) == 3
+    assert surviving <= set(done)
+    assert set(done.values()) == {1}
+    bad = Store.open(store).sql("select * from status where status in ('failed', 'crashed')")
+    assert bad.num_rows == 0
+
+
+def options(small_series: SmallSeries, run: Path, store: Path, *analyzers: str) -> AnalyzeOptions:
+    return AnalyzeOptions(str(run), small_series.evaluation, store, analyzers, jobs=1)
+
+
+def test_what_comes_is_analyzed_when_it_comes_and_compared_at_the_end(
+    small_series: SmallSeries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, store = tmp_path / "run", tmp_path / "s.duckdb"
+    watch = Watch(options(small_series, run, store, "loss", "weight_change"), interval=10.0, quiet=25.0)
+    now, coming = [0.0], [["step0"], [], ["step1", "step2"], [], [], [], []]
+    seen: list[dict[int, int]] = []
+
+    def wait(seconds: float) -> None:
+        seen.append(counts(store) if store.exists() else {})
+        now[0] += seconds
+        for name in coming.pop(0):
+            shutil.copytree(small_series.run / name, run / name)
+
+    monkeypatch.setattr(watch, "clock", lambda: now[0])
+    monkeypatch.setattr(watch, "_wait", wait)
+    summary = watch.run()
+    assert seen == [{}, {0: 1}, {0: 1}, *([{0: 1, 1: 1, 2: 1}] * (len(seen) - 3))]
+    assert summary.exit_code == 0
+    assert summary.ok >= 6
+    compared = Store.open(store).sql("select distinct step from history where analyzer = 'weight_change'")
+    assert sorted(compared.column(0).to_pylist()) == [0, 1, 2]
+
+
+def test_a_checkpoint_removed_before_it_was_read_is_no_failure(
+    small_series: SmallSeries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trace_offline.engine import execution
+
+    run, store = tmp_path / "run", tmp_path / "s.duckdb"
+    shutil.copytree(small_series.run, run)
+    real = execution.run_unit
+
+    def rotating(unit: object) -> object:
+        if unit.checkpoint.step == 1:  # type: ignore[attr-defined]
+            shutil.rmtree(run / "step1")
+        return real(unit)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(execution, "run_unit", rotating)
+    watch = Watch(options(small_series, run, store, "loss"), interval=0.01, quiet=0.0)
+    summary = watch.run()
+    assert summary.removed == ["step 1"]
+    assert (summary.failed, summary.exit_code) == (0, 0)
+    assert set(counts(store)) == {0, 2, 4}
+    status = Store.open(store).sql("select step, status from status where analyzer = 'loss' order by step").to_pylist()
+    assert [row["step"] for row in status] == [0, 2, 4]
+
+
+def test_another_writer_is_waited_for(
+    small_series: SmallSeries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trace_offline.store.writer import Writer
+
+    run, store = small_series.run, tmp_path / "s.duckdb"
+    holder = Writer.open(store)
+    notes: list[str] = []
+    watch = Watch(options(small_series, run, store, "loss"), interval=0.01, quiet=1.0)
+    monkeypatch.setattr(watch.progress, "note", notes.append, raising=False)
+    looks = []
+
+    def wait(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 2:
+            holder.close()
+        time.sleep(0.6)
+
+    monkeypatch.setattr(watch, "_wait", wait)
+    summary = watch.run()
+    assert summary.ok == 3
+    assert sum("Another run is writing" in note for note in notes) == 2
+
+
+def test_a_request_to_stop_ends_it_between_two_looks(small_series: SmallSeries, tmp_path: Path) -> None:
+    stop = StopRequest(requested=True)
+    watch = Watch(options(small_series, small_series.run, tmp_path / "s.duckdb", "loss"), stop=stop)
+    summary = watch.run()
+    assert summary.interrupted
+    assert summary.exit_code == 130
+    assert not (tmp_path / "s.duckdb").exists()
+    assert replace(watch.options, rotating=False).rotating is False
