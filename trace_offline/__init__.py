@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         SeriesAnalyzer,
         SeriesContext,
     )
+    from trace_offline.analyzers.probe_weights import load_probe
     from trace_offline.api import analyze, rerun
     from trace_offline.checkpoints.discover import discover
     from trace_offline.core.errors import (
@@ -43,6 +44,7 @@ _WHERE = {
     "discover": "trace_offline.checkpoints.discover",
     "build_evaluation_set": "trace_offline.evaluation.build",
     "EvaluationSet": "trace_offline.evaluation.evaluation_set",
+    "load_probe": "trace_offline.analyzers.probe_weights",
     "analyze": "trace_offline.api",
     "rerun": "trace_offline.api",
     "Store": "trace_offline.query.reader",
@@ -84,6 +86,7 @@ __all__ = [
     "analyze",
     "build_evaluation_set",
     "discover",
+    "load_probe",
     "rerun",
 ]
 

@@ -10,6 +10,7 @@ from trace_offline.core.steps import parse_steps
 
 if TYPE_CHECKING:
     from trace_offline.engine.analyze import Summary
+    from trace_offline.events.find import FoundEvents
 
 
 def analyze(
@@ -71,3 +72,29 @@ def rerun(
         progress=default_progress() if progress else Silent(),
         **options,
     )
+
+
+def find_events(
+    store: str | Path,
+    metrics: Sequence[str] = (),
+    *,
+    analyzers: Sequence[str] = (),
+    runs: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    layers: Sequence[int] = (),
+    evaluation_sets: Sequence[str] = (),
+    **settings: Any,
+) -> FoundEvents:
+    """Find emergence, convergence, peaks, regress and change points and put them into the table ``events``.
+
+    ``metrics``: ``metric``, ``analyzer.metric`` or ``analyzer.metric[task=pos,layer=2]`` (default: the main metrics);
+    ``settings``: share, tolerance, confidence, direction, model, kinds. Returns what was found, and why the rest was
+    not; ``.to_arrow()`` gives the rows. Raises TraceOfflineError for a selection that matches nothing.
+    """
+    from trace_offline.events.find import Settings
+    from trace_offline.events.find import find_events as find
+    from trace_offline.events.selection import Selection
+
+    selection = Selection(metrics, analyzers, runs, tasks, labels, layers, evaluation_sets)
+    return find(store, selection, Settings(**settings))
