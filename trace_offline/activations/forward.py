@@ -82,6 +82,7 @@ def run_pass(
     evaluation: TokenSource,
     collectors: Mapping[str, Collector],
     *,
+    first_row: int = 0,
     batch_tokens: int = BATCH_TOKENS,
     memory_floats: int = MEMORY_FLOATS,
     on_error: Callable[[str, Exception], None] | None = None,
@@ -89,9 +90,10 @@ def run_pass(
 ) -> dict[str, Exception]:
     """Run the network once over the set; every collector sees every batch, in the order of the rows.
 
-    Each batch is cut to its longest sequence. A batch holds at most ``batch_tokens`` positions and
-    ``memory_floats`` values of logits or hidden states (256 MB by default), whichever is less, always the same for the
-    same network and set. The output head is skipped when no collector needs logits, the network when none needs it.
+    ``first_row``: the rows before it are left out. Each batch is cut to its longest sequence. A batch holds at most
+    ``batch_tokens`` positions and ``memory_floats`` values of logits or hidden states (256 MB by default), whichever is
+    less, always the same for the same network and set. The output head is skipped when no collector needs logits, the
+    network when none needs it.
     Values that are not finite are handed on as they are.
 
     A collector that raises is dropped while the others go on; one that needs hidden states or logits the network
@@ -126,7 +128,7 @@ def run_pass(
                 drop(name, NotApplicable(f"not applicable because {obstacle}"))
                 break
 
-    for start in range(0, n_rows, rows):
+    for start in range(first_row, n_rows, rows):
         if not active:
             break
         stop = min(start + rows, n_rows)

@@ -50,7 +50,8 @@ class MetricSpec:
 class Context:
     """Everything an analyzer may look at; it opens no file, loads no checkpoint, touches no database.
 
-    ``model``: the loaded network (module, blocks, device, dtype). ``evaluation``: the fixed evaluation set.
+    ``model``: the loaded network (module, blocks, device, dtype). ``evaluation``: the fixed evaluation set; the changed
+    members of its minimal pairs are shown to analyzers with ``Need.PAIRS`` only.
     ``collected``: what the analyzer's own collectors gathered in the shared pass, by the names it gave them.
     ``seed``: the same for every checkpoint of a run, so that random choices (which tokens, which probe vectors) do not
     add noise between steps. ``step``: training step, for messages only. ``heldout``: the second evaluation set, given

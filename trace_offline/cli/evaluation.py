@@ -15,7 +15,9 @@ def build(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     from_: Annotated[
         list[Path],
-        typer.Option("--from", metavar="FILE", help="Plain text, CoNLL-U, JSONL, ABSynth JSON or minimal pairs; repeat."),
+        typer.Option(
+            "--from", metavar="FILE", help="Plain text, CoNLL-U, JSONL, ABSynth JSON or minimal pairs; repeat."
+        ),
     ],
     tokenizer: Annotated[
         str, typer.Option(metavar="CHECKPOINT", help="A checkpoint or folder with the tokenizer, or hf://org/name.")
@@ -26,7 +28,9 @@ def build(
     test: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Probes are fitted on --from and scored on this.")
     ] = None,
-    kind: Annotated[str | None, typer.Option(help="text, conllu, jsonl, absynth or pairs. Default: by the file.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="text, conllu, jsonl, absynth or pairs. Default: by the file.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name stored with every number. Default: the folder's name.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest sequence in tokens.", min=2)] = None,
     max_examples: Annotated[

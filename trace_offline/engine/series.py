@@ -165,7 +165,7 @@ def run_series(task: SeriesTask) -> list[Outcome]:
 
 
 def _compare(task: SeriesTask, found: dict[int, list[Any]]) -> None:
-    from trace_offline.analyzers.base import Extract, SeriesContext
+    from trace_offline.analyzers.base import Extract, Need, SeriesContext
 
     there = [position for position, (_, path) in enumerate(task.places) if path is not None]
     if not there:
@@ -176,7 +176,8 @@ def _compare(task: SeriesTask, found: dict[int, list[Any]]) -> None:
     kind: Any = registry().get(task.wanted.name)
     params = kind.Params.model_validate(dict(task.wanted.params))
     evaluation = evaluation_set(task.settings.evaluation_set, task.settings.evaluation_hash)
-    context = SeriesContext(extracts, evaluation, params, task.settings.seed)
+    seen = evaluation if Need.PAIRS in kind.needs else evaluation.originals()
+    context = SeriesContext(extracts, seen, params, task.settings.seed)
     for index, item in kind().compare(context):
         if not isinstance(item, Measurement | Array):
             raise TypeError(f"{task.wanted.name} yielded {type(item).__name__}; expected Measurement or Array")

@@ -114,7 +114,6 @@ def _model_cache() -> Any:
 
 
 def _measure_all(unit: Unit, jobs: list[_Job], device: str, report: Reporter) -> None:
-    from trace_offline.activations.forward import run_pass
     from trace_offline.analyzers.base import Context, Need
     from trace_offline.analyzers.registry import registry
     from trace_offline.checkpoints.loading import load_model
@@ -137,6 +136,7 @@ def _measure_all(unit: Unit, jobs: list[_Job], device: str, report: Reporter) ->
     _refuse_changed(unit)
     _check_vocabulary(model, evaluation, unit.checkpoint.location)
 
+    texts = evaluation.originals()
     collectors: dict[str, Any] = {}
     for job in jobs:
         started = time.perf_counter()
@@ -145,7 +145,8 @@ def _measure_all(unit: Unit, jobs: list[_Job], device: str, report: Reporter) ->
             job.analyzer = kind()
             params = kind.Params.model_validate(dict(job.request.params))
             heldout = _heldout(unit, model) if Need.HELDOUT in kind.needs else None
-            job.context = Context(model, evaluation, params, settings.seed, step=unit.checkpoint.step, heldout=heldout)
+            seen = evaluation if Need.PAIRS in kind.needs else texts
+            job.context = Context(model, seen, params, settings.seed, step=unit.checkpoint.step, heldout=heldout)
             for name, collector in job.analyzer.collectors(job.context).items():
                 collectors[f"{job.request.analyzer}{_BAR}{name}"] = collector
         except BaseException as error:
@@ -155,7 +156,8 @@ def _measure_all(unit: Unit, jobs: list[_Job], device: str, report: Reporter) ->
     collectors = {name: c for name, c in collectors.items() if not _over(jobs, name)}
     report.tell(key, place, "forward pass", (job.request.analysis_id for job in jobs if job.outcome is None))
     started = time.perf_counter()
-    broken: Mapping[str, BaseException] = run_pass(model, evaluation, collectors) if collectors else {}
+    of_pairs = {job.request.analyzer for job in jobs if job.context is not None and job.context.evaluation is not texts}
+    broken = _run_passes(model, texts, evaluation, collectors, of_pairs) if collectors else {}
     shared = (time.perf_counter() - started) / max(1, len({_owner(name) for name in collectors}))
     for name, fault in broken.items():
         for job in jobs:
@@ -168,6 +170,19 @@ def _measure_all(unit: Unit, jobs: list[_Job], device: str, report: Reporter) ->
             report.tell(key, place, job.request.analyzer, (job.request.analysis_id,))
             _measure(job, collectors, shared, device)
             report.keep(_stamp(job, versions, device))
+
+
+def _run_passes(
+    model: Any, texts: Any, evaluation: Any, collectors: Mapping[str, Any], of_pairs: set[str]
+) -> Mapping[str, BaseException]:
+    """All collectors see the texts, those of the analyzers ``of_pairs`` then the changed members of minimal pairs."""
+    from trace_offline.activations.forward import run_pass
+
+    broken: dict[str, BaseException] = dict(run_pass(model, texts, collectors))
+    rest = {name: each for name, each in collectors.items() if _owner(name) in of_pairs and name not in broken}
+    if rest and evaluation.n_examples > texts.n_examples:
+        broken |= run_pass(model, evaluation, rest, first_row=texts.n_examples)
+    return broken
 
 
 def _refuse_changed(unit: Unit) -> None:
@@ -296,7 +311,7 @@ def _heldout(unit: Unit, model: Any) -> Any:
     heldout = evaluation_set(settings.heldout_set, settings.heldout_hash)
     check_tokenizer_of(unit, heldout)
     _check_vocabulary(model, heldout, unit.checkpoint.location)
-    return heldout
+    return heldout.originals()
 
 
 def _check_vocabulary(model: Any, evaluation: Any, location: str) -> None:
