@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -162,6 +163,19 @@ def test_recommended_estimator_is_within_ten_percent(kind: str, dimension: int) 
     assert both(kind, 2000, dimension, 0)[0] == pytest.approx(dimension, rel=0.15)  # a single cloud scatters by 6 %
     for n in (2000, 10_000):
         assert committed(kind, dimension, n)["twonn_extrapolated"] == pytest.approx(dimension, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gauss", "cube", "curved"])
+@pytest.mark.parametrize("dimension", [5, 10])
+def test_a_single_fresh_cloud_of_the_recommended_size_is_within_ten_percent(kind: str, dimension: int) -> None:
+    assert both(kind, 10_000, dimension, 77)[0] == pytest.approx(dimension, rel=0.1)
+
+
+def test_the_page_says_which_estimator_is_recommended_and_where_it_holds() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "analyzers" / "intrinsic_dimension.md").read_text(encoding="utf-8")
+    assert "Recommended for the dimension itself: `twonn_extrapolated` at n = 10,000" in page
+    assert "does not hold on folded clouds" in page
 
 
 @pytest.mark.parametrize("kind", ["gauss", "cube", "curved"])
