@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         SeriesContext,
     )
     from trace_offline.analyzers.probe_weights import load_probe
-    from trace_offline.api import analyze, rerun
+    from trace_offline.api import analyze, find_events, rerun
     from trace_offline.checkpoints.discover import discover
     from trace_offline.core.errors import (
         CheckpointError,
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from trace_offline.core.types import Array, Artifact, Checkpoint, CheckpointState, Measurement
     from trace_offline.evaluation.build import build_evaluation_set
     from trace_offline.evaluation.evaluation_set import EvaluationSet
+    from trace_offline.importers.writing import import_lm_eval
     from trace_offline.query.reader import Store
 
 _WHERE = {
@@ -47,6 +48,8 @@ _WHERE = {
     "load_probe": "trace_offline.analyzers.probe_weights",
     "analyze": "trace_offline.api",
     "rerun": "trace_offline.api",
+    "find_events": "trace_offline.api",
+    "import_lm_eval": "trace_offline.importers.writing",
     "Store": "trace_offline.query.reader",
     **dict.fromkeys(
         ("Analyzer", "Context", "Extract", "MetricSpec", "Need", "Scope", "SeriesAnalyzer", "SeriesContext"),
@@ -86,6 +89,8 @@ __all__ = [
     "analyze",
     "build_evaluation_set",
     "discover",
+    "find_events",
+    "import_lm_eval",
     "load_probe",
     "rerun",
 ]

@@ -3,7 +3,8 @@
 ``threshold = start + share (best - start)``: start is the mean of the first checkpoints that do not differ from each
 other, best the mean of the checkpoints within noise of the largest value. The crossing is lasting when the metric
 does not fall below the threshold again before its best; what happens after is a regress. A dip before the rise moves
-neither start nor threshold, so a return from it is no emergence. There is an event only when the rise is more than noise.
+neither start nor threshold, so a return from it is no emergence. There is an event only when the rise is more than
+noise.
 """
 
 from __future__ import annotations

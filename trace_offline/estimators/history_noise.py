@@ -84,8 +84,8 @@ def estimate_noise(steps: Floats, values: Floats, stderr: Floats | None, *, corr
     """The noise of ``values [n]`` at ``steps [n]`` (increasing) from ``stderr [n]`` (NaN where there is none).
 
     Standard errors are used as they are unless the scatter between neighbours is larger than they can explain (beyond
-    the 99.9 % quantile of its own noise), which happens when training itself jitters: then they are scaled up to the
-    scatter. A stderr of zero (an accuracy of exactly 0 or 1 has one) or a missing one is replaced by the smallest
+    the 99.9 % quantile of what independent noise gives), which happens when training itself jitters: then they are
+    scaled up to the scatter. A stderr of zero (an accuracy of exactly 0 or 1 has one) or a missing one is replaced by the smallest
     positive one. Raises NoiseUnknown without any stderr when there are fewer than ``LEAST_FOR_SCATTER`` points.
     """
     places, values = np.log1p(np.asarray(steps, float)), np.asarray(values, float)
@@ -105,7 +105,7 @@ def estimate_noise(steps: Floats, values: Floats, stderr: Floats | None, *, corr
     sigma = np.maximum(np.where(given > 0, given, positive.min()), floor)
     if enough:
         ratio = float(scatter_scale(places, values[None], sigma)[0])
-        if ratio > max(1.0, float(np.quantile(_ratios(key, correlation), 0.999))):
+        if ratio > max(1.0, float(np.quantile(_ratios(key, 0.0), 0.999))):
             return Noise(sigma * ratio, "stderr and scatter", key, correlation)
     return Noise(sigma, "stderr", None, correlation)
 
