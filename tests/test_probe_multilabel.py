@@ -130,3 +130,67 @@ def test_the_whole_way_from_a_saved_set(tmp_path) -> None:
     found, _ = run(ProbeAnalyzer(), loaded, hidden=(states,))
     expected, _ = run(ProbeAnalyzer(), evaluation, hidden=(states,))
     assert found == expected
+
+
+def test_confusion_code_depth_and_random_vectors() -> None:
+    evaluation, states, _ = case()
+    layers = (torch.randn(states.shape, generator=torch.Generator().manual_seed(5)), states)
+    found, arrays = run(ProbeAnalyzer(), evaluation, hidden=layers, codelength=True, random_baseline=True)
+    where = {"layer": 1, "task": "roles"}
+    test = one(found, "accuracy", **where).n
+    confusion = {a.label: np.reshape(a.values, (2, 2)) for a in arrays if a.layer == 1 and a.name == "confusion"}
+    assert set(confusion) == set("wxyz")
+    for label, counts in confusion.items():
+        assert counts.sum() == test
+        assert counts[1].sum() == one(found, "support", label=label, **where).value
+        f1 = 2 * counts[1, 1] / (2 * counts[1, 1] + counts[0, 1] + counts[1, 0])
+        assert one(found, "f1", label=label, **where).value == pytest.approx(f1)
+    right = sum(np.trace(counts) for counts in confusion.values())
+    assert one(found, "accuracy", **where).value == pytest.approx(right / test / 4)
+
+    code = one(found, "codelength", **where)
+    single = FakeEvaluation(
+        evaluation.input_ids,
+        {
+            label: [(r, t, t + 1, "yes" if label in said else "no") for (r, t), said in carried(evaluation).items()]
+            for label in "wxyz"
+        },
+    )
+    alone, _ = run(ProbeAnalyzer(), single, hidden=layers, codelength=True, control=False)
+    total = sum(one(alone, "codelength", layer=1, task=label).value for label in "wxyz")
+    assert code.value == pytest.approx(total, rel=1e-3)
+    assert one(found, "compression", **where).value == pytest.approx(4 * code.n / code.value)
+    assert code.value < one(found, "control_codelength", **where).value
+    shares = [one(found, "codelength", layer=0, task="roles").value, code.value]
+    assert shares[0] > shares[1]
+
+    depth = one(found, "expected_layer", task="roles")
+    assert depth.value == pytest.approx(1.0)
+    random, majority = one(found, "random_accuracy", task="roles"), one(found, "majority_accuracy", **where)
+    assert abs(random.value - majority.value) < 4 * random.stderr + 0.02  # hardly a word occurs twice
+    assert random.n == test
+
+
+def carried(evaluation: FakeEvaluation) -> dict[tuple[int, int], set[str]]:
+    """Labels of each word."""
+    found: dict[tuple[int, int], set[str]] = {}
+    for row, start, _, label in evaluation.annotations["roles"]:
+        found.setdefault((row, start), set()).add(label)
+    return found
+
+
+def test_words_decide_labels_so_random_vectors_find_them_and_depth_is_the_first_layer() -> None:
+    rng = np.random.default_rng(0)
+    ids = torch.from_numpy(rng.integers(0, 12, (200, LENGTH)))
+    words = [
+        (r, t, t + 1, label)
+        for r in range(200)
+        for t in range(LENGTH)
+        for label in ("xy", "x", "y")[int(ids[r, t]) % 3]
+    ]
+    evaluation = FakeEvaluation(ids, {"roles": words})
+    table = torch.nn.functional.one_hot(ids, 12).float() * 4
+    found, _ = run(ProbeAnalyzer(), evaluation, hidden=(table, table), random_baseline=True)
+    assert one(found, "random_accuracy", task="roles").value > 0.97
+    assert "on the first" in one(found, "expected_layer", task="roles").reason
+    assert one(found, "centre_of_gravity", task="roles").value == pytest.approx(0.5)

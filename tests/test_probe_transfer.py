@@ -113,6 +113,48 @@ def test_a_representation_that_turns_is_still_readable_but_not_by_the_old_probe(
     assert matrix[1, 0] == one(found[0], "frozen_accuracy", label="last", **where).value
 
 
+def test_gain_over_the_first_checkpoint_is_the_paired_difference(tmp_path: Path) -> None:
+    evaluation, states = case()
+    series = [(noise(states, 1), states), (states, states + 0.3 * noise(states, 2)), (noise(states, 1), states)]
+    found, _ = compare(tmp_path, evaluation, series)
+    for layer in (0, 1):
+        where = {"layer": layer, "task": "tag"}
+        for same in (0, 2):  # the first checkpoint itself, and equal weights later
+            gain = one(found[same], "gain_over_first", **where)
+            assert (gain.value, gain.stderr) == (0.0, 0.0)
+        first, second = (one(found[k], "refit_accuracy", **where) for k in (0, 1))
+        gain = one(found[1], "gain_over_first", **where)
+        assert gain.value == pytest.approx(second.value - first.value)
+        assert gain.n == second.n
+    # both probes of layer 1 err on much the same words: the error is smaller than that of two independent numbers
+    assert gain.stderr < 0.9 * np.hypot(first.stderr, second.stderr)
+    clear = one(found[1], "gain_over_first", layer=0, task="tag")
+    assert clear.value > 0.3
+    assert clear.value > 5 * clear.stderr
+
+
+def test_gain_needs_the_first_checkpoint(tmp_path: Path) -> None:
+    evaluation, states = case(60)
+    broken = states.clone()
+    broken[0, 0, 0] = torch.nan
+    found, _ = compare(tmp_path, evaluation, [(broken,), (states,)])
+    where = {"layer": 0, "task": "tag"}
+    assert one(found[0], "gain_over_first", **where).reason == "hidden states of layer 0 are not finite"
+    assert one(found[1], "gain_over_first", **where).reason == "there is no probe of this layer at the first checkpoint"
+    assert one(found[1], "refit_accuracy", **where).value > 0.8
+
+
+def test_the_same_checkpoint_twice_is_neutral(tmp_path: Path) -> None:
+    evaluation, states = case(80)
+    found, arrays = compare(tmp_path, evaluation, [(states,), (states.clone(),)])
+    where = {"layer": 0, "task": "tag"}
+    own = one(found[0], "refit_accuracy", **where).value
+    assert one(found[1], "gain_over_first", **where).value == 0.0
+    for name in ("first", "last"):
+        assert [one(found[k], "frozen_accuracy", label=name, **where).value for k in (0, 1)] == [own, own]
+    assert arrays[0][1].values == (own,) * 4
+
+
 def test_traces_confidence_does_not_look_at_the_labels(tmp_path: Path) -> None:
     """States shuffled over the words: nothing can be read any more, and TRACE's number does not notice."""
     evaluation, states = case()

@@ -65,6 +65,11 @@ class ProbeTransferAnalyzer(SeriesAnalyzer):
     needs = frozenset({Need.HIDDEN_STATES})
     metrics = (
         MetricSpec("refit_accuracy", "1", "accuracy of the probe fitted at this checkpoint, on its own test words"),
+        MetricSpec(
+            "gain_over_first",
+            "1",
+            "refit_accuracy here − at the first checkpoint; standard error from the paired difference",
+        ),
         MetricSpec("frozen_accuracy", "1", "accuracy here of the probe fitted at the checkpoint that the label names"),
         MetricSpec("frozen_macro_f1", "1", "macro F1 here of the probe fitted at the checkpoint that the label names"),
         MetricSpec("frozen_confidence", "1", "mean probability that this probe gives to the right class"),
@@ -244,6 +249,12 @@ def _at(
         yield measurement("refit_accuracy", fitted[position].scores[key].accuracy, n, **where)
     else:
         yield missing("refit_accuracy", here, **where)
+    if here is None and key in fitted[0].scores:
+        # the same words are tested at every checkpoint, so what their sentences share cancels
+        gained = fitted[position].scores[key].correct.astype(np.float64) - fitted[0].scores[key].correct
+        yield measurement("gain_over_first", mean_by_cluster(gained, groups), n, **where)
+    else:
+        yield missing("gain_over_first", here or "there is no probe of this layer at the first checkpoint", **where)
     states = None if here else _test_states(table, key[1], ready)
     for name, source in references.items():
         lost = here or (
