@@ -20,7 +20,7 @@ from trace_offline.engine import worker
 from trace_offline.engine.unit import Unit
 
 TOPIC = "trace-offline"
-_LOOK_SECONDS = 0.25
+_LOOK_SECONDS = 0.05
 _CONNECT_SECONDS = 20
 
 # A worker process with several threads still analyzes one checkpoint at a time: the model and torch's settings are
@@ -102,17 +102,14 @@ class _Cluster:
     count: Iterator[int] = field(default_factory=itertools.count)
 
     def run(self) -> Iterator[tuple[Unit, list[Outcome]]]:
-        from distributed import wait
-
         run = f"{time.time_ns():x}"
         topic = f"{TOPIC}-{run}"
         self.client.subscribe_topic(topic, self._hear)
         try:
             while self._feed(run):
-                try:
-                    done = wait(list(self.futures), timeout=_LOOK_SECONDS, return_when="FIRST_COMPLETED").done
-                except TimeoutError:
-                    done = set()
+                done = [future for future in self.futures if future.done()]
+                if not done:
+                    time.sleep(_LOOK_SECONDS)
                 for future in done:
                     unit = self.futures.pop(future)
                     yield from self._result(future, unit)
