@@ -301,3 +301,7 @@ def test_the_command_says_what_it_found(tmp_path: Path) -> None:
     assert found.has_training_text
     assert found.training_text().seen[:20].all()
     assert not found.training_text().seen.all()
+    shown = CliRunner().invoke(app, ["evaluation-set", "show", str(tmp_path / "s")])
+    assert shown.exit_code == 0
+    assert "compared with a training text of 220 texts" in shown.output
+    assert "words have another form to compare them with" in shown.output

@@ -116,3 +116,11 @@ def show(folder: Annotated[Path, typer.Argument(help="The evaluation set.")]) ->
     for task in loaded.tasks:
         spans = loaded.spans(task)
         typer.echo(f"  {task}: {len(spans)} words, {len(spans.classes)} classes: {', '.join(spans.classes)}")
+    if loaded.alternatives is not None:
+        typer.echo(f"{len(loaded.alternatives)} words have another form to compare them with")
+    if loaded.has_training_text:
+        training = loaded.training_text()
+        typer.echo(
+            f"compared with a training text of {training.n_texts} texts, {training.n_tokens} tokens; "
+            f"{int(training.seen.sum())} sequences are among them"
+        )
