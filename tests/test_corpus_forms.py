@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -207,6 +208,26 @@ def test_what_a_form_carries_comes_back_and_is_written_the_same_again(tmp_path: 
     assert list(islice(generate(origin.seed, origin.params), 2000)) == sentences
     write_corpus(again, read, form, origin=origin)
     assert again.read_bytes() == path.read_bytes()
+    generate_to_file(again, 2000, 2, form=form)
+    assert again.read_bytes() == path.read_bytes()
+    generate_to_file(again, 2000, 3, form=form)
+    assert again.read_bytes() != path.read_bytes()
+
+
+@pytest.mark.parametrize("form", ["jsonl", "absynth"])
+def test_files_are_written_in_a_stream(tmp_path: Path, form: str) -> None:
+    def peak(sentences: int) -> int:
+        tracemalloc.start()
+        generate_to_file(tmp_path / "c", sentences, 0, form=form)
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return used
+
+    peak(200)  # what is loaded and cached once
+    small = peak(1000)
+    before = (tmp_path / "c").stat().st_size
+    large = peak(3000)
+    assert large - small < 0.2 * ((tmp_path / "c").stat().st_size - before)
 
 
 @pytest.mark.parametrize("form", BY_HAND)
@@ -390,6 +411,9 @@ def test_inspection_measures_what_was_asked(inspected: tuple[Path, dict[str, Any
         assert row["strength"]["asked"] == asked
         assert abs(row["strength"]["value"] - asked) < 4 * row["strength"]["stderr"]
         assert abs(row["bits"]["value"] - row["bits"]["expected"]) < 4 * row["bits"]["stderr"]
+        values = [each["pmi"] for each in row["strongest"]]
+        assert values == sorted(values, reverse=True)
+        assert all(each["count"] >= 10 and len(each["words"]) == 2 for each in row["strongest"])
     assert found["parameters"]["seed"] == 5
 
 

@@ -22,7 +22,13 @@ from trace_offline.corpus import (
     fit_zipf,
     generate,
 )
-from trace_offline.corpus.collocation import collocation_pairs, expected_information, strength
+from trace_offline.corpus.collocation import (
+    collocation_pairs,
+    expected_information,
+    expected_pointwise,
+    pointwise,
+    strength,
+)
 from trace_offline.corpus.entropy import entropy, mean_entropy, mutual_information
 from trace_offline.corpus.expectation import entropy_per_word, exponent, list_sizes, words_per_sentence
 from trace_offline.corpus.grammar import COMPLEXITIES, POS_TAGS, SINGULAR_DETERMINERS
@@ -259,6 +265,22 @@ def test_shared_bits_are_those_of_the_generators_distribution(collocated: list[A
         exact = expected_information(kind, COLLOCATED)
         assert exact > 0.1
         assert abs(bits - exact) < 4 * stderr, kind
+
+
+@pytest.mark.parametrize("kind", ["noun_adjective", "verb_noun", "verb_adverb"])
+def test_pointwise_information_is_that_of_the_generator(collocated: list[AnnotatedSentence], kind: str) -> None:
+    pairs = collocation_pairs(collocated)[kind]
+    measured, exact = pointwise(pairs), expected_pointwise(kind, COLLOCATED)
+    assert set(measured) <= set(exact)
+    often = [pair for pair, count in pairs.items() if count >= (40 if kind != "verb_adverb" else 15)]
+    assert len(often) > 15
+    # About normal with this standard error; the counts of the words themselves add a little less than they take away.
+    z = [(measured[pair] - exact[pair]) * math.log(2) * math.sqrt(pairs[pair]) for pair in often]
+    assert max(map(abs, z)) < 4.5
+    assert np.std(z) < 1.2
+    strong = [exact[pair] for pair in often if measured[pair] > 1.0]
+    assert all(bits > 0.3 for bits in strong)
+    assert strong or kind == "verb_noun"
 
 
 def test_pairs_are_those_of_the_words() -> None:

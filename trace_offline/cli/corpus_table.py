@@ -44,6 +44,9 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         yield _line(f"{name}: shared bits", row["bits"])
         if "strength" in row:
             yield _line(f"{name}: strength", row["strength"])
+        shown = ", ".join(f"{' + '.join(each['words'])} {each['pmi']:.1f}" for each in row["strongest"][:3])
+        if shown:
+            yield f"  {name}: most bits in common: {shown}"
 
 
 def _line(name: str, row: dict[str, Any]) -> str:

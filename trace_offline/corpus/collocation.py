@@ -49,6 +49,34 @@ def count_pairs(sentence: AnnotatedSentence, found: Pairs) -> None:
                 found["verb_noun"][clause.frame, verb, lemmas[head]] += 1
 
 
+def pointwise(pairs: Counter[tuple[str, str, str]]) -> dict[tuple[str, str, str], float]:
+    """Pointwise mutual information of each pair in bits, for verbs given the frame: log2 n_ab n / (n_a n_b)."""
+    totals: Counter[str] = Counter()
+    first: Counter[tuple[str, str]] = Counter()
+    second: Counter[tuple[str, str]] = Counter()
+    for (frame, one, two), count in pairs.items():
+        totals[frame] += count
+        first[frame, one] += count
+        second[frame, two] += count
+    return {
+        (frame, one, two): float(np.log2(count * totals[frame] / (first[frame, one] * second[frame, two])))
+        for (frame, one, two), count in pairs.items()
+    }
+
+
+def expected_pointwise(kind: str, params: CorpusParams) -> dict[tuple[str, str, str], float]:
+    """The same from the generator's own distribution, log2 P(a, b) / (p_a p_b), of every pair that can occur."""
+    layout = field_lists(build_lexicon(params.lexicon, seed=params.lexicon_seed), params)
+    s = getattr(params, kind)
+    found = {}
+    for frame, _ in _frames(kind, params):
+        first, second = (layout[name] for name in _lists(kind, frame))
+        ratio = 1 - s + s * _ratio(first, second)
+        for i, j in zip(*np.nonzero(ratio), strict=True):
+            found[frame, first.stems[i], second.stems[j]] = float(np.log2(ratio[i, j]))
+    return found
+
+
 def strength(kind: str, pairs: Counter[tuple[str, str, str]], params: CorpusParams) -> Estimate:
     """Collocation strength in the text, by maximum likelihood under the generator's own lists.
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from trace_offline.core.errors import UsageError
-from trace_offline.corpus.collocation import Pairs, count_pairs, expected_information, strength
+from trace_offline.corpus.collocation import Pairs, count_pairs, expected_information, pointwise, strength
 from trace_offline.corpus.entropy import Estimate, entropy, mean_entropy, mutual_information
 from trace_offline.corpus.expectation import entropy_per_word, exponent
 from trace_offline.corpus.forms import PlainSentence, Sentence, read_corpus
@@ -20,6 +20,7 @@ from trace_offline.corpus.params import COLLOCATIONS, CorpusParams, Origin, read
 from trace_offline.corpus.sentence import AnnotatedSentence
 from trace_offline.corpus.statistics import fit_zipf, fit_zipf_by_count
 
+RARE, SHOWN = 10, 10  # pairs seen less often than RARE are not among the SHOWN strongest
 _LISTS = {"NOUN": "noun", "ADJ": "adjective", "ADV": "adverb"}
 
 
@@ -180,11 +181,18 @@ def _collocations(counts: _Counts, params: CorpusParams | None) -> dict[str, Any
             continue
         bits = sum(part.n * part.value for part in parts) / n
         stderr = float(np.sqrt(sum((part.n * part.stderr) ** 2 for part in parts))) / n
-        rows[kind] = {"bits": _row(Estimate(bits, stderr, n))}
+        rows[kind] = {"bits": _row(Estimate(bits, stderr, n)), "strongest": _strongest(pairs)}
         if params is not None:
             rows[kind]["bits"]["expected"] = expected_information(kind, params)
             rows[kind]["strength"] = _row(strength(kind, pairs, params)) | {"asked": getattr(params, kind)}
     return rows
+
+
+def _strongest(pairs: Counter[tuple[str, str, str]]) -> list[dict[str, Any]]:
+    """The pairs with the most pointwise mutual information; rare ones, whose value is mostly luck, left out."""
+    told = {pair: bits for pair, bits in pointwise(pairs).items() if pairs[pair] >= RARE}
+    best = sorted(told, key=lambda pair: (-told[pair], pair))[:SHOWN]
+    return [{"words": list(pair[1:]), "count": pairs[pair], "pmi": told[pair]} for pair in best]
 
 
 def _row(estimate: Estimate) -> dict[str, Any]:
