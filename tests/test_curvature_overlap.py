@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import SmallSeries
 from curvature_cases import generator
 from safetensors.torch import save_file
 from scipy.linalg import subspace_angles
 from test_analyzer_hessian import Broken, dense_reference, evaluation, tied_net
 from torch import nn
 
+import trace_offline
+from trace_offline import Store
 from trace_offline.activations.model import ModelView
 from trace_offline.analyzers.base import Context, Extract, SeriesContext
 from trace_offline.analyzers.curvature_overlap import CurvatureOverlapAnalyzer
@@ -128,6 +131,21 @@ def test_a_series_against_dense_hessians(tmp_path: Path) -> None:
     assert found[0]["overlap_first", None].value == found[3]["overlap_final", None].value == 1.0
     assert found[1]["principal_angles", "previous"].values == (0.0, 0.0, 0.0)
     assert found[3]["overlap_first", None].value < found[2]["overlap_first", None].value < 1
+
+
+@pytest.mark.slow
+def test_equal_weights_overlap_exactly_from_folder_to_history(small_series: SmallSeries, tmp_path: Path) -> None:
+    summary = trace_offline.analyze(
+        small_series.run, small_series.evaluation, tmp_path / "s.duckdb", analyzers=("curvature_overlap",), jobs=1,
+        params={"curvature_overlap": {"k": 1, "max_sequences": 1, "tolerance": 0.1}},
+    )  # fmt: skip
+    assert summary.exit_code == 0, summary.problems
+    rows = Store.open(tmp_path / "s.duckdb").sql("select step, metric, value from history where metric like 'overlap%'")
+    found = {(row["step"], row["metric"]): row["value"] for row in rows.to_pylist()}
+    # steps 2 and 4 hold equal weights
+    for place in ((0, "overlap_first"), (2, "overlap_final"), (4, "overlap_final"), (4, "overlap_previous")):
+        assert found[place] == 1.0, place
+    assert 0 < found[2, "overlap_previous"] < 1
 
 
 def test_one_checkpoint_is_its_own_start_and_end(tmp_path: Path) -> None:
