@@ -35,6 +35,7 @@ from trace_offline.corpus import (
     write_origin,
     write_pairs,
 )
+from trace_offline.corpus.lexis import field_lists
 from trace_offline.corpus.sampling import zipf_probabilities
 
 LEXICON = build_lexicon()
@@ -225,6 +226,33 @@ def test_sentences_that_do_not_admit_a_kind_give_none() -> None:
         [intervene(bare, "synonym", seed) for seed in range(20)]
     with pytest.raises(UsageError, match=r'found "synonim"\. Did you mean "synonym"'):
         intervene(bare, "synonim", 0)
+
+
+def test_synonyms_in_a_corpus_with_collocations_share_a_field() -> None:
+    params = CorpusParams(noun_adjective=0.5)
+    layout = field_lists(LEXICON, params)
+    others = 0
+    for sentence in islice(generate(1, params), 400):
+        pair = intervene(sentence, "synonym", 3, params)
+        if pair is None:  # a lemma may have its field for itself
+            continue
+        (place,) = differences(pair)
+        one, two = pair.original.lemmas[place], pair.changed.lemmas[place]
+        layouts = [each for each in layout.values() if {one, two} <= set(each.stems)]
+        shared = [each.overlap()[each.stems.index(one)] @ each.overlap()[each.stems.index(two)] for each in layouts]
+        assert max(shared) > 0
+        others += 1
+    assert others > 380
+
+
+def test_without_agreement_there_is_none_to_violate() -> None:
+    params = CorpusParams(agreement=False)
+    for sentence in islice(generate(1, params), 100):
+        assert intervene(sentence, "agreement_violation", 0, params) is None
+        pair = intervene(sentence, "role_violation", 0, params)
+        if pair is not None and pair.detail == "object":
+            (place,) = differences(pair)
+            assert pair.changed.words[place] == pair.changed.lemmas[place]
 
 
 def test_a_list_of_one_lemma_has_no_synonym() -> None:

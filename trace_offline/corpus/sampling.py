@@ -42,7 +42,8 @@ def drawer(seed: int, name: str, probabilities: Sequence[float] | np.ndarray, it
 
 def permutation(seed: int, name: str, n: int) -> np.ndarray:
     """The numbers from 0 to n - 1 in an order fixed by (seed, name); int64 [n]."""
-    return _generator(seed, name).permutation(n)
+    # Sorted uniform numbers, which stay the same in every release of NumPy; its own permutations need not.
+    return np.argsort(_generator(seed, name).random(n), kind="stable")
 
 
 def zipf_probabilities(n: int, alpha: float) -> np.ndarray:
