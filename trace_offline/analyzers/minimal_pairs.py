@@ -33,6 +33,10 @@ _MISSING_SET = (
 )
 
 
+_SAME = 1e-9
+"""Bits below which a difference is rounding: the same probabilities added up in another order."""
+
+
 @dataclass(frozen=True)
 class RowSurprisal:
     """Sums in bits ``[N]``: ``whole`` over all targets of a row, ``marked`` over its marked tokens.
@@ -184,10 +188,10 @@ class MinimalPairsAnalyzer(Analyzer):
             for metric in ("preferred_sentence", "preferred_per_token", "sentence_rise"):
                 yield missing(metric, reason, n, **where)
             return
-        rise = pairs.whole[:, 1] - pairs.whole[:, 0]
+        rise = _difference(pairs.whole)
         mean = pairs.whole / pairs.targets
         yield measurement("preferred_sentence", share_positive(rise, pairs.clusters), n, **where)
-        per_token = share_positive(mean[:, 1] - mean[:, 0], pairs.clusters)
+        per_token = share_positive(_difference(mean), pairs.clusters)
         yield measurement("preferred_per_token", per_token, n, **where)
         yield measurement("sentence_rise", mean_within_clusters(rise, pairs.clusters), n, **where)
         if keep:
@@ -204,7 +208,7 @@ class MinimalPairsAnalyzer(Analyzer):
             for spec in self.metrics[:6]:
                 yield missing(spec.name, reason, n, **where)
             return
-        rise = pairs.marked[:, 1] - pairs.marked[:, 0]
+        rise = _difference(pairs.marked)
         for name, column in (("surprisal_original", 0), ("surprisal_changed", 1)):
             yield measurement(name, mean_within_clusters(pairs.marked[:, column], pairs.clusters), n, **where)
         yield measurement("surprisal_rise", mean_within_clusters(rise, pairs.clusters), n, **where)
@@ -217,6 +221,12 @@ class MinimalPairsAnalyzer(Analyzer):
         yield measurement("preferred_at_position", share_positive(rise, pairs.clusters), n, **where)
         if keep:
             yield Array("surprisal_rise", tuple(rise.tolist()), task=VIOLATION, label=label)
+
+
+def _difference(values: Floats) -> Floats:
+    """Changed − original of ``values [P, 2]``, exactly 0 where the two differ by rounding only."""
+    found = values[:, 1] - values[:, 0]
+    return np.where(np.abs(found) <= _SAME, 0.0, found)
 
 
 def _kinds(evaluation: EvaluationSet, members: Codes) -> np.ndarray:
