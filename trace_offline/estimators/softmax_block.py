@@ -211,7 +211,7 @@ class SoftmaxBlock(Objective):
         for design, first, last in self.slices(which):
             product = state[first:last].flatten(0, 1)[:, : design.n] @ design.data.T
             out[first:last] = self.pad(product.double().view(last - first, self.n_classes, -1))
-        return out / self.rows[which][:, None, None]
+        return out.div_(self.rows[which][:, None, None])
 
     def null_gradient(self, which: Tensor) -> Tensor:
         """At W = 0 and the intercepts of the class shares: −Σ_{i of class k} x_i / n, as features are centred."""
