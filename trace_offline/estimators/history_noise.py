@@ -85,8 +85,8 @@ def estimate_noise(steps: Floats, values: Floats, stderr: Floats | None, *, corr
 
     Standard errors are used as they are unless the scatter between neighbours is larger than they can explain (beyond
     the 99.9 % quantile of what independent noise gives), which happens when training itself jitters: then they are
-    scaled up to the scatter. A stderr of zero (an accuracy of exactly 0 or 1 has one) or a missing one is replaced by the smallest
-    positive one. Raises NoiseUnknown without any stderr when there are fewer than ``LEAST_FOR_SCATTER`` points.
+    scaled up to the scatter. A stderr of zero (an accuracy of exactly 0 or 1 has one) or a missing one is replaced by
+    the smallest positive one. Raises NoiseUnknown without any stderr and with fewer than ``LEAST_FOR_SCATTER`` points.
     """
     places, values = np.log1p(np.asarray(steps, float)), np.asarray(values, float)
     floor = 1e-9 * max(float(np.ptp(values)), float(np.abs(values).max()) * 1e-3, 1e-300)

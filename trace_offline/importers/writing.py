@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from trace_offline.core.errors import UsageError
 from trace_offline.core.hashing import canonical_json, digest
 from trace_offline.core.types import Checkpoint, CheckpointState, Measurement
-from trace_offline.importers.lm_eval import ResultFile, expand, read_results
+from trace_offline.importers.lm_eval import ResultFile, TaskResult, expand, read_results
 from trace_offline.store.rows import checkpoint_id, checkpoint_row, measurement_table
 from trace_offline.store.writer import Writer
 
@@ -55,17 +55,16 @@ def import_lm_eval(
     for item in found:
         if run is None and item.run is None:
             raise UsageError(f"{item.path}: the file does not name its model; name the run with --run.")
-    summary = ImportSummary(Path(store))
-    with Writer.open(Path(store)) as writer:
+    summary = ImportSummary(Path(store), files=len(found))
+    with Writer.open(Path(store)) as writer, writer.transaction() as con:
+        batch = _Batch(con)
         for item in found:
             name = run or item.run or ""
-            with writer.transaction() as con:
-                new, numbers = _write(con, item, name)
-            summary.files += 1
+            new = batch.add(item, name)
             summary.new += new
             summary.unchanged += len(item.tasks) - new
-            summary.numbers += numbers
             summary.steps.setdefault(name, []).append(item.step)
+        summary.numbers = batch.write()
     summary.steps = {name: sorted(set(steps)) for name, steps in summary.steps.items()}
     return summary
 
@@ -74,50 +73,67 @@ def _now() -> datetime:
     return datetime.now(UTC).replace(tzinfo=None)
 
 
-def _write(con: duckdb.DuckDBPyConnection, item: ResultFile, run: str) -> tuple[int, int]:
-    """One file in the open transaction; how many analyses and numbers are new."""
-    place = _checkpoint(con, item, run)
-    sets = {fewshot: _evaluation_set(con, item, fewshot) for fewshot in {task.num_fewshot for task in item.tasks}}
-    found = con.execute(
-        "select analysis_id, is_latest from linked where checkpoint_id = ? and analyzer = ?", [place, LM_EVAL]
-    ).fetchall()
-    known: dict[str, bool] = dict(found)
-    ((key, sequence),) = con.execute(
-        "select coalesce(max(analysis), 0), coalesce(max(sequence), 0) from analyses"
-    ).fetchall()
-    analyses, planned, tables = [], [], []
-    for task in item.tasks:
+class _Batch:
+    """The new analyses of all files of an import, written together: a statement for each would be slow."""
+
+    def __init__(self, con: duckdb.DuckDBPyConnection) -> None:
+        self._con = con
+        found = con.execute("select analysis_id, is_latest from linked where analyzer = ?", [LM_EVAL]).fetchall()
+        self._known: dict[str, bool] = dict(found)
+        ((self._key, self._sequence),) = con.execute(
+            "select coalesce(max(analysis), 0), coalesce(max(sequence), 0) from analyses"
+        ).fetchall()
+        self._latest: dict[tuple[str, str, str], str] = {}
+        self._analyses: dict[str, dict[str, Any]] = {}
+        self._planned: list[dict[str, Any]] = []
+        self._tables: list[pa.Table] = []
+
+    def add(self, item: ResultFile, run: str) -> int:
+        """One file; how many analyses of it are new."""
+        place = _checkpoint(self._con, item, run)
+        shots = {task.num_fewshot for task in item.tasks}
+        sets = {fewshot: _evaluation_set(self._con, item, fewshot) for fewshot in shots}
+        return sum(self._add_task(item, task, place, sets[task.num_fewshot]) for task in item.tasks)
+
+    def _add_task(self, item: ResultFile, task: TaskResult, place: str, evaluation: str) -> bool:
         content = canonical_json([_plain(measurement) for measurement in task.measurements])
         params = canonical_json({"limit": item.limit, "num_fewshot": task.num_fewshot})
-        evaluation = sets[task.num_fewshot]
         stamps = {"lm_eval": item.harness, **({"task_version": task.version} if task.version else {})}
         identity = digest(LM_EVAL, place, evaluation, task.task, params, canonical_json(stamps), content)
-        sequence += 1
-        if identity in known:
-            if not known[identity]:  # replaced once, and now the latest word again
-                con.execute("update analyses set sequence = ? where analysis_id = ?", [sequence, identity])
-            continue
-        key += 1
+        part = (place, evaluation, task.task)
+        before, self._latest[part] = self._latest.get(part), identity
+        self._sequence += 1
+        if identity in self._analyses:
+            self._analyses[identity]["sequence"] = self._sequence
+            return False
+        if identity in self._known:
+            if not self._known[identity] or before not in (None, identity):
+                # Numbers that were replaced once and come again are the latest word again.
+                self._con.execute("update analyses set sequence = ? where analysis_id = ?", [self._sequence, identity])
+            return False
+        self._key += 1
         common = {
             "analysis_id": identity, "fingerprint": f"imported:{digest(task.task)[:16]}:{digest(content)[:16]}",
             "analyzer": LM_EVAL, "analyzer_version": item.harness, "params": params, "evaluation_set": evaluation,
             "dtype": item.dtype or "unknown", "seed": item.seed,
         }  # fmt: skip
-        analyses.append(
-            {
-                "analysis": key, **common, "status": "ok", "message": None, "seconds": None, "device": item.device,
-                "versions": json.dumps(stamps, sort_keys=True), "sequence": sequence, "finished_at": _now(),
-            }
-        )  # fmt: skip
-        planned.append({"checkpoint_id": place, **common, "planned_at": _now()})
-        tables.append(measurement_table(key, task.measurements))
-    if not analyses:
-        return 0, 0
-    _insert(con, "analyses", pa.Table.from_pylist(analyses))
-    _insert(con, "planned", pa.Table.from_pylist(planned))
-    numbers = pa.concat_tables(tables)
-    _insert(con, "measurements", numbers)
-    return len(analyses), numbers.num_rows
+        self._analyses[identity] = {
+            "analysis": self._key, **common, "status": "ok", "message": None, "seconds": None, "device": item.device,
+            "versions": json.dumps(stamps, sort_keys=True), "sequence": self._sequence, "finished_at": _now(),
+        }  # fmt: skip
+        self._planned.append({"checkpoint_id": place, **common, "planned_at": _now()})
+        self._tables.append(measurement_table(self._key, task.measurements))
+        return True
+
+    def write(self) -> int:
+        """Insert everything that is new; how many numbers that were."""
+        if not self._analyses:
+            return 0
+        numbers = pa.concat_tables(self._tables)
+        _insert(self._con, "analyses", pa.Table.from_pylist(list(self._analyses.values())))
+        _insert(self._con, "planned", pa.Table.from_pylist(self._planned))
+        _insert(self._con, "measurements", numbers)
+        return numbers.num_rows
 
 
 def _plain(measurement: Measurement) -> list[object]:
