@@ -20,8 +20,8 @@ LARGE = "CorpusParams(lexicon=LexiconParams.for_vocabulary(10_000))"
 CASES = (
     # what, parameters, form, sentences, limit in CPU seconds
     ("one million sentences, JSONL", "CorpusParams()", "jsonl", MILLION, 60.0),
-    ("one million sentences, JSONL, vocabulary of 10,000", LARGE, "jsonl", MILLION, 60.0),
-    ("one million sentences, JSONL, collocations", OPTIONS, "jsonl", MILLION, 60.0),
+    ("100,000 sentences, JSONL, vocabulary of 10,000", LARGE, "jsonl", MILLION // 10, 6.0),
+    ("100,000 sentences, JSONL, collocations", OPTIONS, "jsonl", MILLION // 10, 6.0),
     ("100,000 sentences, full ABSynth", "CorpusParams()", "absynth", MILLION // 10, None),
     ("100,000 sentences, sentences only", "CorpusParams()", "sentences_only", MILLION // 10, None),
 )
