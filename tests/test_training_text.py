@@ -258,6 +258,17 @@ def test_clauses_that_do_not_fit(tmp_path: Path) -> None:
         )
 
 
+def test_a_corpus_without_agreement_has_none_to_measure(tmp_path: Path) -> None:
+    from trace_offline.corpus import CorpusParams, generate_to_file
+
+    source = tmp_path / "c.jsonl"
+    generate_to_file(source, 5, 0, CorpusParams(agreement=False))
+    with pytest.raises(EvaluationSetError, match="was made without agreement, so there is none to measure"):
+        build_evaluation_set(
+            tmp_path / "s", [source], tokenizer=word_tokenizer(tmp_path / "t", {"a"}), tasks=["agreement"]
+        )
+
+
 @pytest.mark.parametrize(
     ("alternative", "message"),
     [

@@ -58,6 +58,11 @@ def _clauses(record: dict[str, Any], where: str) -> Iterator[tuple[int, bool, in
         given = clause if isinstance(clause, dict) else {}
         verb, plural, attractors = (given.get(name) for name in ("verb", "plural", "attractors"))
         numbers = type(verb) is int and type(attractors) is int and isinstance(plural, bool)
+        if fits and plural is None and "plural" in given:
+            raise EvaluationSetError(
+                f"{where}: the clauses of this corpus have no number: it was made without agreement, so there "
+                "is none to measure. Generate one with agreement (the default), or leave out --task agreement."
+            )
         if not fits or not numbers or not 0 <= verb < n:  # type: ignore[operator]
             raise EvaluationSetError(
                 f"{where}: expected clauses with verb (the place of a word), plural (true or false) and attractors (a "
