@@ -232,6 +232,7 @@ def test_the_page_names_the_main_metrics_and_the_columns() -> None:
         assert option in page
 
 
+@pytest.mark.slow
 def test_the_shipped_series(tmp_path: Path) -> None:
     """The example of the README's question: when did the loss turn, and was it over before the end?"""
     path = tmp_path / "s.duckdb"
