@@ -1,0 +1,116 @@
+"""What is measured, where it stands in the history, and how it is read: one curve for each measure and run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trace_offline.query.reader import Store
+
+LAST = -1  # the last layer, whatever its number
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of ``history``. ``layer``: None for the whole model, ``LAST``, or "each" layer from 1 on."""
+
+    key: str
+    title: str
+    analyzer: str
+    metric: str
+    evaluation_set: str
+    task: str | None = None
+    label: str | None = None
+    layer: int | str | None = None
+    component: str | None = None
+    chance: float | None = None
+
+
+# What the network knows, told by what it can be asked: syntax first, then roles.
+WORD_CLASS_SAID = Measure(
+    "word_class_said", "word class, in what it predicts", "output", "class_probability", "sentences", "pos"
+)
+WORD_CLASS_READ = Measure(
+    "word_class_read", "word class, read by a probe from unseen words", "probe", "accuracy", "words", "pos", None, LAST
+)
+NUMBER_READ = Measure(
+    "number_read", "number of the subject, read by a probe", "probe_transfer", "refit_accuracy", "sentences",
+    "subject_number", layer=LAST,
+)  # fmt: skip
+NUMBER_SAID = Measure(
+    "number_said", "agreement, in what it prefers", "minimal_pairs", "preferred_at_position", "pairs", "violation",
+    "agreement_violation", chance=0.5,
+)  # fmt: skip
+ROLE_READ = Measure(
+    "role_read", "role, read by a probe", "probe_transfer", "refit_accuracy", "sentences", "role", layer=LAST
+)
+ROLE_SAID = Measure(
+    "role_said", "role, in what it prefers", "minimal_pairs", "preferred_at_position", "pairs", "violation",
+    "role_violation", chance=0.5,
+)  # fmt: skip
+SYNTAX = (WORD_CLASS_SAID, WORD_CLASS_READ, NUMBER_SAID, NUMBER_READ)
+ROLES = (ROLE_SAID, ROLE_READ)
+
+DIMENSION = Measure(
+    "dimension", "intrinsic dimension (TwoNN)", "intrinsic_dimension", "twonn", "sentences", layer="each",
+    component="residual",
+)  # fmt: skip
+FLATTENED = Measure(
+    "flattened", "TRACE's dimension of whole padded rows", "intrinsic_dimension", "trace_flattened_twonn", "sentences",
+    layer="each", component="trace_flattened",
+)  # fmt: skip
+TRACE_OF_HESSIAN = Measure("trace", "trace of the Hessian", "hessian", "trace", "sentences")
+TOP = Measure("top", "largest eigenvalue", "hessian", "eigenvalue", "sentences", label="1")
+TOP_FIVE = tuple(
+    Measure(f"eigenvalue_{rank}", f"eigenvalue {rank}", "hessian", "eigenvalue", "sentences", label=str(rank))
+    for rank in range(1, 6)
+)
+NEGATIVE = Measure("negative_mass", "share of negative curvature", "hessian", "negative_mass", "sentences")
+LOSS = Measure("loss", "held-out loss", "loss", "loss", "sentences")
+ROLE_FROZEN, NUMBER_FROZEN = (
+    Measure(
+        f"{key}_frozen", f"{title}, by the probe of the last checkpoint", "probe_transfer", "frozen_accuracy",
+        "sentences", task, "last", LAST,
+    )
+    for key, title, task in (("role", "role", "role"), ("number", "number of the subject", "subject_number"))
+)  # fmt: skip
+MEASURES = (
+    LOSS, *SYNTAX, *ROLES, DIMENSION, FLATTENED, TRACE_OF_HESSIAN, TOP, *TOP_FIVE[1:], NEGATIVE, ROLE_FROZEN,
+    NUMBER_FROZEN,
+)  # fmt: skip
+
+Curve = dict[str, list[Any]]
+"""``{"steps": […], "values": […], "stderr": […]}`` by increasing step; a stderr may be None."""
+
+
+def read_curves(store: Path, measures: tuple[Measure, ...] = MEASURES) -> dict[str, dict[str, Curve]]:
+    """Run → measure → curve. A measure of each layer gives ``key@layer``; one without any number gives no curve."""
+    opened = Store.open(store)
+    query = """
+        select run, step, layer, value, stderr from history
+        where is_latest and value is not null and analyzer = $analyzer and metric = $metric
+          and evaluation_set = $evaluation_set and task is not distinct from $task
+          and label is not distinct from $label and component is not distinct from coalesce($component, component)
+        order by run, layer, step
+    """
+    found: dict[str, dict[str, Curve]] = {}
+    for measure in measures:
+        names = ("analyzer", "metric", "evaluation_set", "task", "label", "component")
+        rows = opened.sql(query, {name: getattr(measure, name) for name in names}).to_pylist()
+        last: dict[str, int] = {}
+        for row in rows:
+            if row["layer"] is not None:
+                last[row["run"]] = max(last.get(row["run"], 0), row["layer"])
+        for row in rows:
+            run, layer = row["run"], row["layer"]
+            wanted = {None: layer is None, LAST: layer == last.get(run), "each": bool(layer)}[measure.layer]
+            if wanted:
+                key = f"{measure.key}@{layer}" if measure.layer == "each" else measure.key
+                curve = found.setdefault(run, {}).setdefault(key, {"steps": [], "values": [], "stderr": []})
+                if row["step"] in curve["steps"]:
+                    raise ValueError(f"{store}: {run} has several numbers of {key} at step {row['step']}.")
+                for name in ("step", "value"):
+                    curve[f"{name}s"].append(row[name])
+                curve["stderr"].append(row["stderr"])
+    return found
