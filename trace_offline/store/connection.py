@@ -78,9 +78,10 @@ def check_version(con: duckdb.DuckDBPyConnection, path: Path, catalog: str | Non
 
     Raises StoreError for no store at all, or one from a newer release.
     """
-    meta = "meta" if catalog is None else f"{catalog}.meta"
+    # Not named after the table: DuckDB would take the variable for it where there is no such table.
+    where = "meta" if catalog is None else f"{catalog}.meta"
     try:
-        row = con.execute(f"select value from {meta} where key = 'schema_version'").fetchone()
+        row = con.execute(f"select value from {where} where key = 'schema_version'").fetchone()
     except duckdb.CatalogException:
         row = None
     if row is None:
