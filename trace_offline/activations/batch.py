@@ -48,7 +48,8 @@ class ForwardBatch:
 class Collector(Protocol):
     """Listens to the shared pass. ``update`` sees each batch once, in order; ``finish`` returns what was gathered.
 
-    ``layers``: the layers whose hidden states it reads (None = all), used only with ``needs_hidden``.
+    A collector of hidden states may say which it reads with a method ``reads() -> Places`` (``activations.places``),
+    asked before the pass: the activation cache then keeps those, and not those of all tokens.
     """
 
     needs_hidden: bool

@@ -133,15 +133,23 @@ def run_pass(
             break
         stop = min(start + rows, n_rows)
         batch = _forward(model, evaluation, start, stop, list(active.values()))
-        for name, item in list(active.items()):
-            try:
-                with torch.no_grad():
-                    item.update(batch)
-            except Exception as error:
-                drop(name, error)
+        for name, error in hand_out(batch, active):
+            drop(name, error)
         if on_batch is not None:
             on_batch(stop, n_rows)
     return dropped
+
+
+def hand_out(batch: ForwardBatch, collectors: Mapping[str, Collector]) -> list[tuple[str, Exception]]:
+    """Show a batch to every collector; the names of those that raised, with what they raised."""
+    raised: list[tuple[str, Exception]] = []
+    for name, item in collectors.items():
+        try:
+            with torch.no_grad():
+                item.update(batch)
+        except Exception as error:
+            raised.append((name, error))
+    return raised
 
 
 def trimmed(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:

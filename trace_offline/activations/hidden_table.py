@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trace_offline.activations.batch import ForwardBatch
+from trace_offline.activations.places import Places
 from trace_offline.core.errors import EvaluationSetError
 
 Pooling = Literal["last", "first", "mean"]
@@ -57,6 +58,10 @@ class HiddenStateTable:
         self._length = torch.from_numpy(length)
         self._seen = 0
         self._table: Tensor | None = None
+
+    def reads(self) -> Places:
+        """The tokens of all spans, or the one that stands for each."""
+        return Places.at(self._token_row, self._token_position)
 
     def update(self, batch: ForwardBatch) -> None:
         """Add the tokens of this batch to the means of their spans."""
@@ -122,6 +127,10 @@ class SentenceMeans:
         self._exclude = torch.tensor(sorted(int(i) for i in exclude_ids), dtype=torch.int64)
         self._count = torch.zeros(len(self._rows), dtype=torch.int64)
         self._table: Tensor | None = None
+
+    def reads(self) -> Places:
+        """Whole rows: the sum runs over all positions of the batch."""
+        return Places.whole(self._rows)
 
     def update(self, batch: ForwardBatch) -> None:
         """Fill the means of the rows of this batch."""

@@ -12,6 +12,7 @@ from trace_offline.core.errors import NotApplicable, UsageError, nearest
 
 if TYPE_CHECKING:
     from trace_offline.activations.batch import Collector, ForwardBatch
+    from trace_offline.activations.places import Places
     from trace_offline.analyzers.base import Context
     from trace_offline.evaluation.evaluation_set import EvaluationSet
 
@@ -70,6 +71,10 @@ class _CloudCollector:
     def __init__(self, collector: Any, clusters: np.ndarray | None) -> None:
         self._collector, self._clusters = collector, clusters
 
+    def reads(self) -> Places:
+        found: Places = self._collector.reads()
+        return found
+
     def update(self, batch: ForwardBatch) -> None:
         self._collector.update(batch)
 
@@ -91,6 +96,11 @@ class FlattenedRows:
         self._rows = rows
         self._parts: list[list[np.ndarray]] = []
         self._attended = 0
+
+    def reads(self) -> Places:
+        from trace_offline.activations.places import Places
+
+        return Places.whole(self._rows)
 
     def update(self, batch: ForwardBatch) -> None:
         import torch

@@ -43,6 +43,8 @@ class RunConfig(BaseModel):
     timeout: float | None = None
     scheduler: str | None = None
     shard: str | None = None
+    cache: str | None = None
+    cache_size: str | None = None
     analyzer: dict[str, dict[str, Any]] = {}
 
 

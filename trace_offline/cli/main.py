@@ -71,6 +71,14 @@ def analyze(
     shard: Annotated[
         str | None, typer.Option(metavar="i/n", help="Only every n-th checkpoint from the i-th; see merge.")
     ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(metavar="auto|off|FOLDER", help="Keep hidden states for reruns, beside the store or there."),
+    ] = None,
+    cache_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="The most the cache may hold, 20GB by default; alone: --cache auto."),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float64, bfloat16 or float16.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random choice; the same for all steps.")] = None,
     model_factory: Annotated[
@@ -93,7 +101,7 @@ def analyze(
         "steps": steps, "revisions": revisions, "device": device, "jobs": jobs, "dtype": dtype, "seed": seed,
         "model_factory": model_factory, "blocks": blocks, "tokenizer": tokenizer,
         "trust_remote_code": trust_remote_code or None, "force": force or None, "executor": executor,
-        "timeout": timeout, "scheduler": scheduler, "shard": shard,
+        "timeout": timeout, "scheduler": scheduler, "shard": shard, "cache": cache, "cache_size": cache_size,
     }  # fmt: skip
     raise typer.Exit(run_analyze(given, set_ or [], config, as_json=as_json))
 
@@ -122,6 +130,14 @@ def rerun(
     scheduler: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="The Dask scheduler, for --executor dask.")
     ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(metavar="auto|off|FOLDER", help="Keep hidden states for reruns, beside the store or there."),
+    ] = None,
+    cache_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="The most the cache may hold, 20GB by default; alone: --cache auto."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Compute again what the store already has.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
@@ -132,7 +148,7 @@ def rerun(
         run_rerun(
             store, analyzer, set_ or [], steps=steps, run=run, source=source, evaluation_set=evaluation_set,
             heldout_set=heldout_set, device=device, jobs=jobs, force=force, as_json=as_json, executor=executor,
-            timeout=timeout, scheduler=scheduler,
+            timeout=timeout, scheduler=scheduler, cache=cache, cache_size=cache_size,
         )
     )  # fmt: skip
 

@@ -48,6 +48,14 @@ def watch(
     ] = None,
     blocks: Annotated[str | None, typer.Option(help="Names of the model's blocks, e.g. 'layers.*'.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Folder of the tokenizer, if not beside the weights.")] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(metavar="auto|off|FOLDER", help="Keep hidden states for reruns, beside the store or there."),
+    ] = None,
+    cache_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="The most the cache may hold, 20GB by default; alone: --cache auto."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Stay beside a training job and analyze each checkpoint as soon as it is complete.
@@ -61,5 +69,6 @@ def watch(
         "analyzers": analyzer, "run": run, "revisions": revisions, "device": device, "jobs": jobs,
         "executor": executor, "timeout": timeout, "scheduler": scheduler, "dtype": dtype, "seed": seed,
         "model_factory": model_factory, "blocks": blocks, "tokenizer": tokenizer,
+        "cache": cache, "cache_size": cache_size,
     }  # fmt: skip
     raise typer.Exit(run_watch(given, set_ or [], config, interval=interval, quiet=quiet, as_json=as_json))

@@ -14,6 +14,7 @@ from trace_offline.checkpoints.discover import discover, select
 from trace_offline.core.errors import CheckpointError, UsageError
 from trace_offline.core.types import Checkpoint
 from trace_offline.engine.board import Board
+from trace_offline.engine.cache import DEFAULT_SIZE, cache_folder, parse_size
 from trace_offline.engine.execution import Execution, Summary, Workforce, duplicate_warnings
 from trace_offline.engine.fingerprints import known_fingerprints, with_fingerprints
 from trace_offline.engine.heldout import check_used, load_heldout, with_heldout
@@ -54,6 +55,7 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None, stop: Sto
     run = options.run or default_run_name(options.source)
 
     device = resolve_device(options.device)
+    cache = cache_folder(options.cache, options.cache_size, Path(options.store))
     jobs, threads = choose_jobs(options.jobs, device, max(item.size_bytes for item in usable))
     settings = WorkSettings(
         evaluation_set=str(Path(options.evaluation_set).absolute()),
@@ -70,6 +72,8 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None, stop: Sto
         heldout_set=None if heldout is None else str(Path(heldout.folder).absolute()),
         heldout_hash=None if heldout is None else heldout.hash,
         board=None if options.executor == "dask" else str(Board.of(Path(options.store).absolute()).folder),
+        cache=None if cache is None else str(cache),
+        cache_bytes=parse_size(options.cache_size or DEFAULT_SIZE),
     )
     if not Path(options.store).exists():
         _check_fit(needed, settings, evaluation, heldout)  # before anything is made

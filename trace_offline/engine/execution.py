@@ -263,6 +263,7 @@ class Execution:
         for outcome in outcomes:
             request = requests[outcome.analysis_id]
             self.costs.observe(_cost_name(request), outcome.seconds)
+            self.summary.warnings += [f"{name_of(checkpoint)}: {text}" for text in outcome.detail.get("notes", ())]
             if request.extract_to is not None:
                 self.series.extracted(request, outcome)
                 names[outcome.analysis_id] = f"{request.analyzer} (extract)"

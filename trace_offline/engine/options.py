@@ -11,6 +11,7 @@ from typing import Any
 from trace_offline.core.errors import UsageError, nearest
 from trace_offline.core.hashing import file_digest
 from trace_offline.core.steps import StepSelection
+from trace_offline.engine.cache import AUTO, DEFAULT_SIZE, OFF, parse_size
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -38,6 +39,7 @@ class AnalyzeOptions:
     """One `analyze`. ``params``: analyzer → parameter → value, only what differs from the defaults.
 
     ``executor``: inline, joblib or dask; None chooses inline for one job without a timeout, else joblib.
+    ``cache``: ``auto`` (a folder beside the store), ``off`` or a folder; a ``cache_size`` alone means ``auto``.
     ``rotating``: the training deletes old checkpoints; one that is gone before it was read is no failure.
     """
 
@@ -64,6 +66,8 @@ class AnalyzeOptions:
     scheduler: str | None = None
     shard: Shard | None = None
     rotating: bool = False
+    cache: str | None = None
+    cache_size: str | None = None
 
     def check(self) -> None:
         """Raise UsageError for a value that cannot be used."""
@@ -90,6 +94,7 @@ class AnalyzeOptions:
             load_factory(self.model_factory)
         if self.jobs is not None and self.jobs < 1:
             raise UsageError(f"--jobs: expected 1 or more, found {self.jobs}.")
+        parse_size(self.cache_size or DEFAULT_SIZE)
         self._check_executor()
 
     def _check_executor(self) -> None:
@@ -126,6 +131,8 @@ class AnalyzeOptions:
             "tokenizer": self.tokenizer and str(Path(self.tokenizer).absolute()),
             "trust_remote_code": self.trust_remote_code,
             "heldout_set": self.heldout_set and str(Path(self.heldout_set).absolute()),
+            "cache": self.cache if self.cache in (None, AUTO, OFF) else str(Path(self.cache).absolute()),
+            "cache_size": self.cache_size,
         }
 
 

@@ -18,7 +18,8 @@ from trace_offline.engine.progress import Progress
 from trace_offline.engine.unit import HELDOUT
 from trace_offline.query.reader import Store
 
-_KEPT = ("revisions", "dtype", "seed", "device", "jobs", "model_factory", "blocks", "tokenizer", "trust_remote_code")
+_KEPT = ("revisions", "dtype", "seed", "device", "jobs", "model_factory", "blocks", "tokenizer", "trust_remote_code",
+         "cache", "cache_size")  # fmt: skip
 
 # One row for each way a run was analyzed, and whether this analyzer took part in it.
 _REQUESTS = """
@@ -42,6 +43,8 @@ def rerun(
     heldout_set: Path | None = None,
     device: str | None = None,
     jobs: int | None = None,
+    cache: str | None = None,
+    cache_size: str | None = None,
     executor: str | None = None,
     timeout: float | None = None,
     scheduler: str | None = None,
@@ -87,7 +90,10 @@ def rerun(
             timeout=timeout,
             scheduler=scheduler,
             heldout_set=heldout_set or _heldout_path(opened, latest, kept, analyzer),
-            **{**{name: value for name, value in kept.items() if name in _KEPT}, **_given(device=device, jobs=jobs)},
+            **{
+                **{name: value for name, value in kept.items() if name in _KEPT},
+                **_given(device=device, jobs=jobs, cache=cache, cache_size=cache_size),
+            },
         )
         try:
             summaries.append(analyze(options, progress, stop))

@@ -49,7 +49,10 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class WorkSettings:
-    """What all units of a run share. ``board``: the folder where workers say what they do."""
+    """What all units of a run share. ``board``: the folder where workers say what they do.
+
+    ``cache``: the folder of the activation cache, None when it is off; ``cache_bytes``: the most it may hold.
+    """
 
     evaluation_set: str
     evaluation_hash: str
@@ -65,6 +68,8 @@ class WorkSettings:
     heldout_set: str | None = None
     heldout_hash: str | None = None
     board: str | None = None
+    cache: str | None = None
+    cache_bytes: int = 0
 
 
 Stamps = tuple[tuple[str, int, int], ...]

@@ -9,17 +9,20 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trace_offline.core.errors import CheckpointError, EvaluationSetError, NotApplicable, TraceOfflineError
 from trace_offline.core.types import AnalysisStatus, Array, Artifact, Measurement, Outcome
 from trace_offline.engine.board import Reporter, reporter
+from trace_offline.engine.cache import UnitActivations
 from trace_offline.engine.progress import name_of
 from trace_offline.engine.unit import AnalysisRequest, Unit, file_stamps
 
 _BAR = "/"
+_OF_HIDDEN = frozenset({"hidden_states", "labels"})
+"""What an analysis may need and still be served from the activation cache (values of ``Need``)."""
 
 
 @dataclass
@@ -31,6 +34,7 @@ class _Job:
     context: Any = None
     outcome: Outcome | None = None
     seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
 
 
 def run_unit(unit: Unit) -> list[Outcome]:
@@ -124,18 +128,24 @@ def _measure_all(unit: Unit, jobs: list[_Job], device: str, report: Reporter) ->
     evaluation = evaluation_set(settings.evaluation_set, settings.evaluation_hash)
     check_tokenizer_of(unit, evaluation)
     _refuse_changed(unit)
-    model = load_model(
-        unit.checkpoint,
-        device=device,
-        dtype=settings.dtype,
-        model_factory=settings.model_factory,
-        blocks=settings.blocks,
-        trust_remote_code=settings.trust_remote_code,
-        cache=_model_cache(),
-    )
-    _refuse_changed(unit)
-    _check_vocabulary(model, evaluation, unit.checkpoint.location)
 
+    def load() -> Any:
+        loaded = load_model(
+            unit.checkpoint,
+            device=device,
+            dtype=settings.dtype,
+            model_factory=settings.model_factory,
+            blocks=settings.blocks,
+            trust_remote_code=settings.trust_remote_code,
+            cache=_model_cache(),
+        )
+        _refuse_changed(unit)
+        _check_vocabulary(loaded, evaluation, unit.checkpoint.location)
+        return loaded
+
+    activations = UnitActivations.of(unit, device)
+    jobs[0].notes = activations.notes
+    model = activations.model(load, hidden_only=all(_needs(request) <= _OF_HIDDEN for request in unit.requests))
     texts = evaluation.originals()
     collectors: dict[str, Any] = {}
     for job in jobs:
@@ -157,7 +167,7 @@ def _measure_all(unit: Unit, jobs: list[_Job], device: str, report: Reporter) ->
     report.tell(key, place, "forward pass", (job.request.analysis_id for job in jobs if job.outcome is None))
     started = time.perf_counter()
     of_pairs = {job.request.analyzer for job in jobs if job.context is not None and job.context.evaluation is not texts}
-    broken = _run_passes(model, texts, evaluation, collectors, of_pairs) if collectors else {}
+    broken = _run_passes(activations, model, texts, evaluation, collectors, of_pairs) if collectors else {}
     shared = (time.perf_counter() - started) / max(1, len({_owner(name) for name in collectors}))
     for name, fault in broken.items():
         for job in jobs:
@@ -173,12 +183,17 @@ def _measure_all(unit: Unit, jobs: list[_Job], device: str, report: Reporter) ->
 
 
 def _run_passes(
-    model: Any, texts: Any, evaluation: Any, collectors: Mapping[str, Any], of_pairs: set[str]
+    activations: UnitActivations,
+    model: Any,
+    texts: Any,
+    evaluation: Any,
+    collectors: Mapping[str, Any],
+    of_pairs: set[str],
 ) -> Mapping[str, BaseException]:
     """All collectors see the texts, those of the analyzers ``of_pairs`` then the changed members of minimal pairs."""
     from trace_offline.activations.forward import run_pass
 
-    broken: dict[str, BaseException] = dict(run_pass(model, texts, collectors))
+    broken: dict[str, BaseException] = dict(activations.run_pass(model, texts, collectors))
     rest = {name: each for name, each in collectors.items() if _owner(name) in of_pairs and name not in broken}
     if rest and evaluation.n_examples > texts.n_examples:
         broken |= run_pass(model, evaluation, rest, first_row=texts.n_examples)
@@ -191,6 +206,17 @@ def _refuse_changed(unit: Unit) -> None:
             f"{unit.checkpoint.location} changed after the run began; what is there now is another checkpoint. "
             "Run the same command again."
         )
+
+
+def _needs(request: AnalysisRequest) -> frozenset[str]:
+    """What must be computed for an analyzer; all there is when it cannot be had, which is reported with its job."""
+    from trace_offline.analyzers.base import Need
+    from trace_offline.analyzers.registry import registry
+
+    try:
+        return frozenset(registry().get(request.analyzer).needs)
+    except TraceOfflineError:
+        return frozenset(Need)
 
 
 def _owner(name: str) -> str:
@@ -287,7 +313,8 @@ def _stamp(job: _Job, versions: dict[str, str], device: str) -> Outcome:
     outcome = job.outcome
     if outcome is None:
         outcome = Outcome(job.request.analysis_id, AnalysisStatus.FAILED, "the analysis ended without an outcome")
-    return dataclasses.replace(outcome, versions=versions, seconds=job.seconds, device=device)
+    detail = {**outcome.detail, "notes": job.notes} if job.notes else outcome.detail
+    return dataclasses.replace(outcome, versions=versions, seconds=job.seconds, device=device, detail=detail)
 
 
 def check_tokenizer_of(unit: Unit, evaluation: Any) -> None:
