@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from measures import DIMENSION, ROLES, SYNTAX, TOP, TRACE_OF_HESSIAN, Curve
+from measures import DIMENSION, FLATTENED, MATCHED, ROLES, SYNTAX, TOP, TRACE_OF_HESSIAN, Curve
+from scipy import stats
 
 from trace_offline.estimators.emergence import NoEvent, find_emergence
 from trace_offline.estimators.event_order import order_of_events
@@ -108,12 +109,11 @@ def events_of(runs: Runs, keys: Sequence[str], finder: Callable[[Curve], Event |
 
 
 def syntax_before_roles(runs: Runs) -> dict[str, Any]:
-    """Claim 1: every sign of syntax against every sign of roles. ``yes`` only when all comparisons say so."""
+    """Claim 1: syntax against roles, asked in the same way. ``yes`` only when all comparisons say so."""
     found = events_of(runs, [measure.key for measure in (*SYNTAX, *ROLES)], emergence)
     pairs = [
         {"syntax": syntax.key, "role": role.key, **comes_first(found[syntax.key], found[role.key])}
-        for role in ROLES
-        for syntax in SYNTAX
+        for syntax, role in MATCHED
         if found[syntax.key] and found[role.key]
     ]
     return {"verdict": together([pair["verdict"] for pair in pairs]), "events": found, "pairs": pairs}
@@ -143,14 +143,26 @@ def shape(curve: Curve) -> str:
 
 
 def dimension_falls_and_rises(runs: Runs) -> dict[str, Any]:
-    """Claim 2: the dimension of every layer from 1 on; the verdict is about all layers of all runs."""
-    shapes = {
-        run: {key: shape(curve) for key, curve in curves.items() if key.startswith(f"{DIMENSION.key}@")}
-        for run, curves in runs.items()
-    }
-    each = ["yes" if form == "falls, then rises" else "no" for layers in shapes.values() for form in layers.values()]
+    """Claim 2: the dimension of every layer from 1 on; the verdict is about all layers of all runs.
+
+    Beside it, with no say in the verdict, the shapes of TRACE's number.
+    """
+    shapes, flattened = (
+        {
+            run: {key: shape(curve) for key, curve in curves.items() if key.startswith(f"{measure.key}@")}
+            for run, curves in runs.items()
+        }
+        for measure in (DIMENSION, FLATTENED)
+    )
+    answers = {"falls, then rises": "yes", "flat": "not shown"}  # to see nothing is no answer
+    each = [answers.get(form, "no") for layers in shapes.values() for form in layers.values()]
     keys = sorted({key for layers in shapes.values() for key in layers})
-    return {"verdict": together(each), "shapes": shapes, "events": events_of(runs, keys, turn)}
+    return {
+        "verdict": together(each),
+        "shapes": shapes,
+        "trace_shapes": flattened,
+        "events": events_of(runs, keys, turn),
+    }
 
 
 def curvature_peaks_early(runs: Runs) -> dict[str, Any]:
@@ -161,37 +173,64 @@ def curvature_peaks_early(runs: Runs) -> dict[str, Any]:
         for run, event in events.items():
             last = runs[run][key]["steps"][-1]
             if isinstance(event, str):
-                verdict = "no peak"
+                verdict = "no peak beyond noise"
             elif event.high > EARLY * last:
                 verdict = "not early" if event.low > EARLY * last else "early or not is open"
             else:
                 verdict = "yes" if event.after < DECAY * event.value else "early, but does not decay"
             verdicts.setdefault(key, {})[run] = verdict
-    flat = [
-        "not shown" if verdict == "early or not is open" else verdict if verdict == "yes" else "no"
-        for each in verdicts.values()
-        for verdict in each.values()
-    ]
-    return {"verdict": together(flat), "runs": verdicts, "events": found}
+    answers = {"yes": "yes", "not early": "no", "early, but does not decay": "no"}
+    flat = [answers.get(verdict, "not shown") for each in verdicts.values() for verdict in each.values()]
+    over = {key: over_runs([curves[key] for curves in runs.values() if key in curves]) for key in found}
+    return {"verdict": together(flat), "runs": verdicts, "events": found, "over_runs": over}
+
+
+def over_runs(curves: Sequence[Curve]) -> dict[str, Any] | None:
+    """Where the mean of the logarithms is highest, against the first and the last step: ratios over runs.
+
+    Student's intervals for the geometric mean ratio; p two-sided, times the number of inner steps that were looked at.
+    None for fewer than two runs, for fewer than three common steps, and for values that are not positive.
+    """
+    steps = sorted(set.intersection(*(set(curve["steps"]) for curve in curves))) if curves else []
+    tables = [dict(zip(curve["steps"], curve["values"], strict=True)) for curve in curves]
+    values = np.asarray([[table[step] for step in steps] for table in tables], float)
+    if len(tables) < 2 or len(steps) < 3 or (values <= 0).any():
+        return None
+    logs = np.log(values)
+    top = 1 + int(np.argmax(logs.mean(0)[1:-1]))
+    found: dict[str, Any] = {"step": steps[top], "runs": len(tables)}
+    rise, fall = logs[:, top] - logs[:, 0], logs[:, -1] - logs[:, top]
+    for name, difference in (("top_over_start", rise), ("end_over_top", fall)):
+        test = stats.ttest_1samp(difference, 0.0)
+        interval = test.confidence_interval(0.95)
+        found[name] = {
+            "ratio": float(np.exp(difference.mean())),
+            "low": float(np.exp(interval.low)),
+            "high": float(np.exp(interval.high)),
+            "p": min(1.0, float(test.pvalue) * (len(steps) - 2)),
+        }
+    return found
 
 
 def peak_before_turn(runs: Runs) -> dict[str, Any]:
     """Claim 4: the peak of the curvature against the turn of the last layer's dimension, and against what is learnt.
 
-    Where the dimension does not turn there is nothing to precede: ``no turn``.
+    Where the dimension of all runs only rises, or only falls, there is nothing to precede: ``no turn``.
     """
     peaks = events_of(runs, [TRACE_OF_HESSIAN.key], peak)[TRACE_OF_HESSIAN.key]
-    turns = {}
-    for run, curves in runs.items():
-        layers = [int(key.split("@")[1]) for key in curves if key.startswith(f"{DIMENSION.key}@")]
-        if layers:
-            turns[run] = turn(curves[f"{DIMENSION.key}@{max(layers)}"])
+    turns = {run: turn(_last_layer(curves)) for run, curves in runs.items() if f"{DIMENSION.key}@1" in curves}
     main = comes_first(peaks, turns)
-    if turns and not any(isinstance(event, Event) for event in turns.values()):
+    monotone = [run for run in turns if shape(_last_layer(runs[run])) in ("rises", "falls")]
+    if turns and len(monotone) == len(turns):
         main["verdict"] = "no turn"
     learnt = events_of(runs, [measure.key for measure in (*SYNTAX, *ROLES)], emergence)
     others = {key: comes_first(peaks, events) for key, events in learnt.items() if events}
     return {**main, "events": {"peak": peaks, "turn": turns}, "learnt": others}
+
+
+def _last_layer(curves: Mapping[str, Curve]) -> Curve:
+    layers = [int(key.split("@")[1]) for key in curves if key.startswith(f"{DIMENSION.key}@")]
+    return curves[f"{DIMENSION.key}@{max(layers)}"]
 
 
 CLAIMS: dict[str, Callable[[Runs], dict[str, Any]]] = {

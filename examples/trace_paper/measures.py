@@ -38,9 +38,13 @@ NUMBER_READ = Measure(
     "number_read", "number of the subject, read by a probe", "probe_transfer", "refit_accuracy", "sentences",
     "subject_number", layer=LAST,
 )  # fmt: skip
-NUMBER_SAID = Measure(
-    "number_said", "agreement, in what it prefers", "minimal_pairs", "preferred_at_position", "pairs", "violation",
-    "agreement_violation", chance=0.5,
+NUMBER_NEAR, NUMBER_FAR, ROLE_NEAR, ROLE_FAR = (
+    Measure(
+        f"{key}_{place}", f"{title} {words}, in what it prefers", "minimal_pairs", "preferred_at_position", "changed",
+        "violation", f"{label}_{place}", chance=0.5,
+    )
+    for key, title, label in (("number", "agreement", "agreement"), ("role", "role", "role"))
+    for place, words in (("near", "with the word before"), ("far", "across other words"))
 )  # fmt: skip
 ROLE_READ = Measure(
     "role_read", "role, read by a probe", "probe_transfer", "refit_accuracy", "sentences", "role", layer=LAST
@@ -49,8 +53,16 @@ ROLE_SAID = Measure(
     "role_said", "role, in what it prefers", "minimal_pairs", "preferred_at_position", "pairs", "violation",
     "role_violation", chance=0.5,
 )  # fmt: skip
-SYNTAX = (WORD_CLASS_SAID, WORD_CLASS_READ, NUMBER_SAID, NUMBER_READ)
-ROLES = (ROLE_SAID, ROLE_READ)
+SYNTAX = (WORD_CLASS_SAID, WORD_CLASS_READ, NUMBER_NEAR, NUMBER_FAR, NUMBER_READ)
+ROLES = (ROLE_NEAR, ROLE_FAR, ROLE_READ)
+MATCHED = (
+    (WORD_CLASS_SAID, ROLE_FAR),
+    (NUMBER_NEAR, ROLE_NEAR),
+    (NUMBER_FAR, ROLE_FAR),
+    (WORD_CLASS_READ, ROLE_READ),
+    (NUMBER_READ, ROLE_READ),
+)
+"""Syntax and roles asked in the same way (what is predicted, what a probe reads): these decide the first claim."""
 
 DIMENSION = Measure(
     "dimension", "intrinsic dimension (TwoNN)", "intrinsic_dimension", "twonn", "sentences", layer="each",

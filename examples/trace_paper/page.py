@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from claims import DECAY, EARLY, SHARE
-from measures import FLATTENED, LOSS, ROLE_FROZEN, ROLE_READ, ROLES, SYNTAX, TOP, TRACE_OF_HESSIAN
+from in_short import SHORT, TITLES
+from measures import FLATTENED, LOSS, ROLE_FROZEN, ROLE_READ, ROLES, SYNTAX
 
 ANSWERS = {
     "yes": "Yes",
@@ -15,7 +16,6 @@ ANSWERS = {
     "not shown": "Not shown",
     "no turn": "There is no turn to precede",
 }
-TITLES = {measure.key: measure.title for measure in (*SYNTAX, *ROLES, TRACE_OF_HESSIAN, TOP)}
 QUESTIONS = {
     "syntax_before_roles": "Is syntax earlier than roles?",
     "dimension_falls_and_rises": "Does intrinsic dimension fall and rise?",
@@ -48,6 +48,12 @@ def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}g}"
 
 
+def lowest(curve: Mapping[str, Any]) -> str:
+    """The smallest value and its step."""
+    value, step = min(zip(curve["values"], curve["steps"], strict=True))
+    return f"{number(value)} at {step:,}"
+
+
 def groups(results: Mapping[str, Any]) -> list[str]:
     """The groups that were judged: one for each number of layers, and all runs where there are several."""
     found = [name for name in results["claims"] if name != "all runs"]
@@ -59,8 +65,8 @@ def _head(results: Mapping[str, Any]) -> str:
 # Do syntax, roles and curvature develop in phases?
 
 TRACE (Aljaafari, Carvalho and Freitas 2025, arXiv:2507.03668; arXiv:2505.17998) watched small transformers learn an
-artificial language and reported phases: syntax first and meaning later, representations that first compress and then
-expand, a loss surface whose curvature peaks early and collapses. Its released code cannot support this: the attention
+artificial language and reported phases: syntax early and meaning later, representations that are compressed on the way,
+a loss surface whose curvature peaks early and collapses. Its released code cannot support this: the attention
 mask is upside down, watching a run changes it, the "trace" is the sum of five eigenvalues, the probes never look at
 their labels, and there is one run.
 
@@ -73,14 +79,18 @@ held-out sentences with gold annotations, several seeds, and an interval with ea
 def _answers(results: Mapping[str, Any]) -> str:
     shown = groups(results)
     rows = [
-        [question, *(ANSWERS[results["claims"][group][claim]["verdict"]] for group in shown)]
+        [
+            question,
+            *(ANSWERS[results["claims"][group][claim]["verdict"]] for group in shown),
+            SHORT[claim](results["claims"]["all runs"][claim]),
+        ]
         for claim, question in QUESTIONS.items()
     ]
     counts = {
         group: sum(group == "all runs" or f"{run['layers']} layers" == group for run in results["runs"].values())
         for group in shown
     }
-    head = ["claim", *(f"{group} (runs: {counts[group]})" for group in shown)]
+    head = ["claim", *(f"{group} (runs: {counts[group]})" for group in shown), "in short, over all runs"]
     return f"""
 ## The answers
 
@@ -101,12 +111,23 @@ def _made(results: Mapping[str, Any]) -> str:
             f"{run['parameters']:,}",
             f"{run['steps']:,}",
             number(results["curves"][name][LOSS.key]["values"][-1]),
+            lowest(results["curves"][name][LOSS.key]),
             f"{run['training_seconds']:,.0f}",
             f"{run['analysis_seconds']:,.0f}",
         ]
         for name, run in results["runs"].items()
     ]
-    head = ["run", "layers", "seed", "parameters", "steps", "held-out loss (nats)", "training s", "analysis s"]
+    head = [
+        "run",
+        "layers",
+        "seed",
+        "parameters",
+        "steps",
+        "held-out loss (nats)",
+        "lowest",
+        "training s",
+        "analysis s",
+    ]
     return f"""
 ## What was trained
 
@@ -126,7 +147,7 @@ weights, order of sentences and dropout. So the seeds speak of training, not of 
 {table(head, runs)}
 
 Measured on {scale["sentences"]:,} held-out sentences, {scale["words"]:,} further ones for the probe of word classes,
-and {scale["pairs"]:,} sentences with one word changed in four ways. Machine: {results["machine"]},
+and up to {scale["pairs"]:,} pairs of sentences for each kind of preference. Machine: {results["machine"]},
 {results["date"]}; seconds are wall time of one process, while other work ran on the machine.
 """
 
@@ -143,17 +164,20 @@ def _learning(results: Mapping[str, Any]) -> str:
 
 {_verdicts(results, "syntax_before_roles")}
 
-Syntax is told in four ways, roles in two:
+Both are asked in two ways, of what the model **predicts** and of what a **probe** reads from its last layer:
 
-- **word class, in what it predicts**: probability that the model gives to words of the right class.
-- **word class, read by a probe from unseen words**: a linear probe on the last layer, tested on words that it was never
-  fitted to; so it cannot know words by heart.
-- **agreement, in what it prefers**: share of sentences in which the right form of the verb is more probable than the
-  other number's.
-- **number of the subject, read by a probe**: at the word before the verb, where that word is not the subject itself.
-- **role, in what it prefers**: share of sentences in which a word that the verb's frame allows there is more probable
-  than after a change that takes the role away (another preposition, or a verb that takes no object).
-- **role, read by a probe**: at nouns whose role the words before them decide.
+- *word class, in what it predicts*: probability that the model gives to words of the right class.
+- *agreement, in what it prefers*: is the right form of the verb more probable than the other number's? Once where the
+  subject is the word before the verb, once where other words stand between.
+- *role, in what it prefers*: is the next word less probable after a change that takes its role away? Once at the word
+  after the verb (an object after a verb that takes none), once across other words (another preposition, one that marks
+  no role of this verb, after its object).
+- *word class, read by a probe from unseen words*: a linear probe, tested on words that it was never fitted to, so that
+  it cannot know words by heart.
+- *number of the subject, read by a probe*: at the word before the verb, where that word is not the subject itself.
+- *role, read by a probe*: at nouns whose role the words before them decide.
+
+All preferences are balanced: each form is right as often as it is wrong, so who only knows frequencies scores one half.
 
 ![Loss, preferences and probes over training](images/trace_paper_learning.svg)
 
@@ -226,7 +250,8 @@ def _dimension(results: Mapping[str, Any]) -> str:
         for key, form in sorted(layers.items()):
             values = results["curves"][run][key]["values"]
             layer = key.split("@")[1]
-            flat = results["curves"][run].get(f"{FLATTENED.key}@{layer}", {"values": []})["values"]
+            other = f"{FLATTENED.key}@{layer}"
+            flat = results["curves"][run].get(other, {"values": []})["values"]
             rows.append(
                 [
                     run,
@@ -235,10 +260,20 @@ def _dimension(results: Mapping[str, Any]) -> str:
                     number(values[0]),
                     f"{number(min(values))}-{number(max(values))}",
                     number(values[-1]),
-                    f"{number(flat[0])} → {number(flat[-1])}" if flat else "–",
+                    claim["trace_shapes"][run].get(other, "–"),
+                    f"{number(flat[0])}, {number(min(flat))}, {number(flat[-1])}" if flat else "–",
                 ]
             )
-    head = ["run", "layer", "shape", "at step 0", "lowest-highest", "at the end", "TRACE's way"]
+    head = [
+        "run",
+        "layer",
+        "shape",
+        "at step 0",
+        "lowest-highest",
+        "at the end",
+        "TRACE's way: shape",
+        "start, lowest, end",
+    ]
     return f"""
 ## {QUESTIONS["dimension_falls_and_rises"]}
 
@@ -252,7 +287,8 @@ holds one point for each word and place and no cloud). A shape counts when it li
 {table(head, rows)}
 
 **As TRACE does it** (second row of the picture): 128 rows, each flattened with its padding into one point. That number
-is of whole sentences, lengths included, and scatters by several dimensions from one draw of rows to the next.
+is of whole sentences, lengths included, and scatters by several dimensions from one draw of rows to the next. Where its
+shape differs from that of the words, the phases seen with it belong to the number and not to the representations.
 """
 
 
@@ -287,9 +323,30 @@ standard error) and its largest eigenvalue. *Early*: the peak's interval ends wi
 
 {table(head, rows)}
 
+{_over_runs(claim)}
+
 **As TRACE does it**: the sum of five eigenvalues is called the trace (orange). It follows the sharpest directions and
 says nothing of the rest of the spectrum.
 """
+
+
+def _over_runs(claim: Mapping[str, Any]) -> str:
+    rows = []
+    for key, found in claim["over_runs"].items():
+        if found is not None:
+            ratios = [found[name] for name in ("top_over_start", "end_over_top")]
+            shown = [f"{number(r['ratio'])} ({number(r['low'])}-{number(r['high'])})" for r in ratios]
+            tests = [number(ratio["p"], 2) for ratio in ratios]
+            rows.append([TITLES[key], f"{found['step']:,}", shown[0], tests[0], shown[1], tests[1]])
+    if not rows:
+        return ""
+    head = ["measure", "highest at", "highest / first", "p", "last / highest", "p"]
+    return f"""
+A peak in one run has to rise above the scatter of its few checkpoints. Taken together the runs say more: the step at
+which their geometric mean is highest, and what it is there in proportion to the first and the last step (Student's
+intervals over runs, p times the number of steps looked at):
+
+{table(head, rows)}"""
 
 
 def _peak(results: Mapping[str, Any]) -> str:
@@ -332,18 +389,22 @@ def _caveats(results: Mapping[str, Any]) -> str:
     for run in results["runs"].values():
         counts[run["layers"]] = counts.get(run["layers"], 0) + 1
     warmup = results["scale"]["setting"]["warmup"]
-    shown = " and ".join(f"{count} runs of {layers} layers" for layers, count in sorted(counts.items()))
+    shown = " and ".join(
+        f"{count} {'run' if count == 1 else 'runs'} of {layers} layers" for layers, count in sorted(counts.items())
+    )
     return f"""
 ## What to keep in mind
 
-- There are {shown}. By a sign test three runs cannot give p below 0.25, six not below 0.03; all {n} together not below
-  {number(2.0 ** (1 - n))}. Within a run the intervals are narrow; across runs the strength lies in how alike they are.
+- Runs: {shown}. A sign test over {n} runs cannot give p below {number(2.0 ** (1 - n))}, however clear they are.
+  Within a run the intervals are narrow; across runs the strength lies in how alike they are.
 - The seeds share one corpus. Another draw of sentences, or another language, is not covered.
 - Intervals of events are between checkpoints: nothing finer than their spacing can be known.
 - The learning rate still rises until step {warmup:,}: what peaks or turns before that does so during warm-up, and may
   belong to the schedule rather than to learning. The paper's runs have the same warm-up.
 - Half of the rise ({SHARE:g}) is a convention. Measures with another chance level, or another ceiling, are compared by
   it all the same.
+- What a checkpoint is asked decides what comes first. Whether a verb takes an object can be learnt from pairs of words;
+  so can most agreement with the word before. Only what spans other words needs the structure of the sentence.
 - The weights decay apart from the gradient here (AdamW); TRACE adds the decay to the gradient.
 """
 

@@ -12,12 +12,14 @@ from measures import (
     FLATTENED,
     LOSS,
     NEGATIVE,
+    NUMBER_FAR,
     NUMBER_FROZEN,
+    NUMBER_NEAR,
     NUMBER_READ,
-    NUMBER_SAID,
+    ROLE_FAR,
     ROLE_FROZEN,
+    ROLE_NEAR,
     ROLE_READ,
-    ROLE_SAID,
     ROLES,
     SYNTAX,
     TOP,
@@ -36,9 +38,11 @@ from matplotlib.axes import Axes
 COLOURS = {
     WORD_CLASS_SAID.key: "#56b4e9",
     WORD_CLASS_READ.key: "#0072b2",
-    NUMBER_SAID.key: "#009e73",
+    NUMBER_NEAR.key: "#009e73",
+    NUMBER_FAR.key: "#5b8c2a",
     NUMBER_READ.key: "#5b8c2a",
-    ROLE_SAID.key: "#d55e00",
+    ROLE_NEAR.key: "#d55e00",
+    ROLE_FAR.key: "#cc79a7",
     ROLE_READ.key: "#cc79a7",
 }
 LAYER_COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7")
@@ -110,6 +114,13 @@ def _steps(axes: Axes, title: str, ylabel: str) -> None:
     axes.set_ylabel(ylabel)
 
 
+def _legends(axes: Sequence[Axes]) -> None:
+    """Beside the last column, off the curves."""
+    for each in axes:
+        if each.get_legend_handles_labels()[0]:
+            each.legend(loc="center left", bbox_to_anchor=(1.02, 0.5)).set_in_layout(False)
+
+
 def _learning(models: Mapping[int, Curves], results: Mapping[str, Any]) -> Any:
     figure, grid = plt.subplots(
         3, len(models), figsize=(5 * len(models), 8), sharex=True, squeeze=False, layout="tight"
@@ -117,7 +128,7 @@ def _learning(models: Mapping[int, Curves], results: Mapping[str, Any]) -> Any:
     for column, (layers, runs) in zip(grid.T, sorted(models.items()), strict=True):
         line(column[0], runs, LOSS.key, "#000000", LOSS.title)
         _steps(column[0], f"{layers} layers: held-out loss", "nats a word")
-        for measure in (WORD_CLASS_SAID, NUMBER_SAID, ROLE_SAID):
+        for measure in (WORD_CLASS_SAID, NUMBER_NEAR, NUMBER_FAR, ROLE_NEAR, ROLE_FAR):
             line(column[1], runs, measure.key, COLOURS[measure.key], measure.title)
         column[1].axhline(0.5, color="grey", linewidth=0.6)
         _steps(column[1], "what it says", "share")
@@ -127,8 +138,7 @@ def _learning(models: Mapping[int, Curves], results: Mapping[str, Any]) -> Any:
             line(column[2], _first(runs), frozen.key, _light(COLOURS[measure.key]), frozen.title)
         _steps(column[2], "what a probe of the last layer reads", "accuracy")
         column[2].set_xlabel("training step")
-    for row in grid[1:]:
-        row[0].legend(loc="best")
+    _legends(grid[1:, -1])
     return figure
 
 
@@ -154,7 +164,7 @@ def _dimension(models: Mapping[int, Curves], results: Mapping[str, Any]) -> Any:
                 line(axes, runs, f"{measure.key}@{layer}", LAYER_COLOURS[layer % 5], f"layer {layer}")
             _steps(axes, f"{layers} layers: {title}", "dimension (TwoNN)")
         column[1].set_xlabel("training step")
-        column[0].legend(loc="best")
+    _legends(grid[:1, -1])
     return figure
 
 
@@ -172,7 +182,7 @@ def _curvature(models: Mapping[int, Curves], results: Mapping[str, Any]) -> Any:
         line(column[2], runs, NEGATIVE.key, "#009e73", NEGATIVE.title)
         _steps(column[2], "share of the curvature that is negative", "share")
         column[2].set_xlabel("training step")
-    grid[0, 0].legend(loc="best")
+    _legends(grid[:1, -1])
     return figure
 
 
@@ -212,5 +222,6 @@ def _order(models: Mapping[int, Curves], results: Mapping[str, Any]) -> Any:
         names.append(title)
     axes.set_yticks(ticks, names)
     _steps(axes, "when half of the rise was reached; peak and turn", "")
-    axes.set_xlabel(f"training step (one line a run; full: {min(models)} layers, open: {max(models)})")
+    marks = f"; full: {min(models)} layers, open: {max(models)}" if len(models) > 1 else ""
+    axes.set_xlabel(f"training step (one line a run{marks})")
     return figure

@@ -41,6 +41,9 @@ CHEAP = (0, 16, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1536,
 PROBED = (0, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1536)
 WORDS = (0, 64, 128, 192, 256, 384, 640)
 CURVED = (0, 16, 64, 128, 256, 384, 512, 768, 1024, 1536, 2560)
+HESSIANS = (0, 64, 128, 256, 512, 1024)
+HESSIAN = {"k": 5, "tolerance": 0.01, "max_steps": 40, "slq_probes": 2, "slq_steps": 8, "trace_probes": 6}
+DIMENSION = {"max_samples": 1000, "gride_to": 0, "trace_flattened": True}
 FIT = {"penalties": (0.01,), "tolerance": 2e-3}
 
 
@@ -58,17 +61,11 @@ def parts(setting: Setting) -> tuple[Part, ...]:
     probed = {"layers": (setting.layers,), "tasks": ("role", "subject_number"), "references": ("last",)}
     return (
         Part("sentences", {name: {} for name in ("loss", "output", "agreement")}, CHEAP),
-        Part("pairs", {"minimal_pairs": {}}, CHEAP),
+        Part("changed", {"minimal_pairs": {}}, CHEAP),
         Part("sentences", {"probe_transfer": {**probed, "matrix": False, **FIT}}, PROBED),
-        Part(
-            "sentences",
-            {
-                "intrinsic_dimension": {"max_samples": 1000, "gride_to": 0, "trace_flattened": True},
-                "hessian": {"k": 5, "max_steps": 60, "slq_probes": 4, "trace_probes": 12},
-            },
-            CURVED,
-        ),
+        Part("sentences", {"intrinsic_dimension": DIMENSION}, CURVED),
         Part("words", {"probe": {"control": False, "split_by": "word_type", "max_words": 1500, **FIT}}, WORDS),
+        Part("sentences", {"hessian": HESSIAN}, HESSIANS),
         Part("sentences", {name: {} for name in ("output_classes", "ngram", "memorization")}, WORDS),
         Part("sentences", {"sampled_sentences": {"sentences": 400}}, WORDS),
     )
@@ -84,12 +81,12 @@ class Scale:
     pairs: int
 
 
-FULL = Scale(Setting(), sentences=2000, words=500, pairs=600)
+FULL = Scale(Setting(), sentences=2000, words=500, pairs=300)
 REDUCED = Scale(
     Setting(sentences=6000, nouns=60, verbs_per_frame=4, adjectives=10, adverbs=8, epochs=10, warmup=80),
     sentences=500,
     words=200,
-    pairs=150,
+    pairs=100,
 )
 
 
@@ -132,7 +129,7 @@ def analyze_run(folder: Path, store: Path, setting: Setting, sets: dict[str, Pat
 def collect(store: Path, trained: Sequence[dict[str, Any]], scale: Scale) -> dict[str, Any]:
     """Everything the page says, as JSON: curves, answers, the runs and where they were made."""
     names = {run["name"] for run in trained}
-    curves = {run: each for run, each in read_curves(store).items() if run in names}
+    curves = {run: rounded(each) for run, each in read_curves(store).items() if run in names}
     seconds = Store.open(store).sql("select run, sum(seconds) as seconds from status group by run").to_pylist()
     took = {row["run"]: row["seconds"] for row in seconds}
     return {
@@ -153,7 +150,7 @@ def collect(store: Path, trained: Sequence[dict[str, Any]], scale: Scale) -> dic
             for run in trained
         },
         "corpus": trained[0]["corpus"],
-        "curves": rounded(curves),
+        "curves": curves,
         "claims": {
             f"{layers} layers": judge({run: each for run, each in curves.items() if run.startswith(f"L{layers}-")})
             for layers in sorted({run["setting"]["layers"] for run in trained})
@@ -169,6 +166,17 @@ def rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [rounded(each) for each in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def publish(results: dict[str, Any], numbers: Path, page: Path) -> None:
+    """Write the results into the folder ``numbers``, page and pictures into the folder ``page``."""
+    for folder in (numbers, page):
+        folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(results, separators=(",", ":"))
+    (numbers / "trace_paper.json").write_text(text + "\n", encoding="utf-8")
+    draw(results, page / "images")
+    (page / "trace_paper.md").write_text(write_page(json.loads(text)), encoding="utf-8")
+    print(f"written: {page / 'trace_paper.md'} and {numbers / 'trace_paper.json'}")
 
 
 def main() -> None:
@@ -202,13 +210,7 @@ def main() -> None:
         return
     merge(list(stores.values()), store)
     results = collect(store, trained, scale)
-    numbers = (HERE / "results" if given.publish else folder / "page") / "trace_paper.json"
-    page = (DOCS if given.publish else folder / "page") / "trace_paper.md"
-    numbers.parent.mkdir(parents=True, exist_ok=True)
-    numbers.write_text(json.dumps(results, separators=(",", ":"), sort_keys=True) + "\n", encoding="utf-8")
-    draw(results, page.parent / "images")
-    page.write_text(write_page(results), encoding="utf-8")
-    print(f"written: {page} and {numbers}")
+    publish(results, *((HERE / "results", DOCS) if given.publish else (folder / "page", folder / "page")))
 
 
 if __name__ == "__main__":

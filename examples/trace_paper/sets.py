@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from train import Setting, make_tokenizer
 
-from trace_offline.corpus import CorpusParams, LexiconParams
-from trace_offline.corpus.interventions import KINDS, intervene_file
+from trace_offline.corpus import CorpusParams, LexiconParams, read_jsonl
+from trace_offline.corpus.interventions import Pair, intervene_all, write_pairs
 from trace_offline.corpus.params import Origin, write_origin
 from trace_offline.evaluation.build import build_evaluation_set
 
@@ -56,12 +57,58 @@ def read_records(path: Path, start: int = 0, stop: int | None = None) -> list[di
         return [json.loads(line) for line in file][start:stop]
 
 
+def kind_of(pair: Pair) -> tuple[str, tuple[str, ...]] | None:
+    """(kind, words to choose between) of a pair; None for a pair that is neither near nor far.
+
+    *near*: the word that decides stands just before the one that is compared (bigrams would do). *far*: other words
+    stand between. ``agreement_…``: the number of the verb. ``role_…``: near, an object after a verb that takes none;
+    far, a preposition that marks no role of the verb, with the object in between.
+    """
+    place = pair.original_positions[0]
+    if pair.kind == "agreement_violation":
+        clause = next(clause for clause in pair.original.clauses if clause.verb == place)
+        near = clause.subject == place - 1
+        return f"agreement_{'near' if near else 'far'}", ("plural" if clause.plural else "singular", "")
+    if pair.detail == "object":
+        return "role_near", ("", "")
+    verb = max(clause.verb for clause in pair.original.clauses if clause.verb < place)
+    between = pair.original.pos[verb + 1 : place]
+    return ("role_far", (pair.original.words[place], pair.changed.words[place])) if "NOUN" in between else None
+
+
+def balanced(pairs: Iterable[Pair], most: int) -> list[Pair]:
+    """At most ``most`` pairs of each kind, in which no word is right more often than it is wrong.
+
+    As many singular verbs as plural ones, and each preposition put in place of another as often as the other way
+    round: whoever only knows which word is frequent is right in half of the pairs.
+    """
+    found: dict[str, dict[tuple[str, ...], list[Pair]]] = {}
+    for pair in pairs:
+        kind = kind_of(pair)
+        if kind is not None:
+            found.setdefault(kind[0], {}).setdefault(kind[1], []).append(replace(pair, kind=kind[0]))
+    chosen: list[Pair] = []
+    for kind in sorted(found):
+        choices = found[kind]
+        if kind == "role_near":
+            chosen += next(iter(choices.values()))[:most]
+            continue
+        swapped = {("singular", ""): ("plural", ""), ("plural", ""): ("singular", "")}
+        sides = [(choice, swapped.get(choice, choice[::-1])) for choice in sorted(choices)]
+        shared = [(a, b, min(len(choices[a]), len(choices[b]))) for a, b in sides if a < b and b in choices]
+        total = 2 * sum(count for *_, count in shared)
+        for a, b, count in shared:
+            kept = count if total <= most else int(count * most / total)
+            chosen += choices[a][:kept] + choices[b][:kept]
+    return chosen
+
+
 def build_sets(folder: Path, setting: Setting, *, sentences: int, words: int, pairs: int) -> dict[str, Path]:
     """The three sets, by name → folder; those that are there are kept.
 
     ``sentences``: held-out sentences with all tasks, the other form of every verb, and what the training text says
     about them. ``words``: further held-out sentences with parts of speech only, for probes that never see a word of
-    the test in training. ``pairs``: held-out sentences and the same with one word changed, four kinds.
+    the test in training. ``changed``: held-out sentences and the same with one word changed, ``pairs`` of each kind.
     """
     made = folder / "sets"
     made.mkdir(exist_ok=True)
@@ -70,7 +117,7 @@ def build_sets(folder: Path, setting: Setting, *, sentences: int, words: int, pa
     tokenizer = made / "tokenizer"
     if not tokenizer.exists():
         make_tokenizer(folder).save_pretrained(tokenizer)
-    found = {name: made / name for name in ("sentences", "words", "pairs")}
+    found = {name: made / name for name in ("sentences", "words", "changed")}
     held_out = folder / "held_out.jsonl"
     for name, start, stop in (("sentences", 0, sentences), ("words", sentences, sentences + words)):
         if found[name].exists():
@@ -89,9 +136,15 @@ def build_sets(folder: Path, setting: Setting, *, sentences: int, words: int, pa
             licence=LICENCE,
             training_text=[folder / "train.jsonl"] if both else (),
         )
-    if not found["pairs"].exists():
-        write_origin(held_out, Origin(setting.corpus_seed, len(read_records(held_out)), params))
-        source = made / "pairs.jsonl"
-        intervene_file(held_out, source, KINDS, seed=0, limit=pairs)
-        build_evaluation_set(found["pairs"], [source], tokenizer=tokenizer, tasks=(), name="pairs", licence=LICENCE)
+    if not found["changed"].exists():
+        source = made / "changed.jsonl"
+        every = (
+            pair
+            for kind in ("agreement_violation", "role_violation")
+            for pair in intervene_all(read_jsonl(held_out), kind, 0, params)
+            if pair is not None
+        )
+        write_pairs(source, balanced(every, pairs))
+        write_origin(source, Origin(setting.corpus_seed, len(read_records(held_out)), params))
+        build_evaluation_set(found["changed"], [source], tokenizer=tokenizer, tasks=(), name="changed", licence=LICENCE)
     return found
