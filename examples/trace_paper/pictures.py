@@ -118,13 +118,11 @@ def _legends(axes: Sequence[Axes]) -> None:
     """Beside the last column, off the curves."""
     for each in axes:
         if each.get_legend_handles_labels()[0]:
-            each.legend(loc="center left", bbox_to_anchor=(1.02, 0.5)).set_in_layout(False)
+            each.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
 
 
 def _learning(models: Mapping[int, Curves], results: Mapping[str, Any]) -> Any:
-    figure, grid = plt.subplots(
-        3, len(models), figsize=(5 * len(models), 8), sharex=True, squeeze=False, layout="tight"
-    )
+    figure, grid = plt.subplots(3, len(models), figsize=(5 * len(models), 8), sharex=True, squeeze=False)
     for column, (layers, runs) in zip(grid.T, sorted(models.items()), strict=True):
         line(column[0], runs, LOSS.key, "#000000", LOSS.title)
         _steps(column[0], f"{layers} layers: held-out loss", "nats a word")
@@ -138,6 +136,7 @@ def _learning(models: Mapping[int, Curves], results: Mapping[str, Any]) -> Any:
             line(column[2], _first(runs), frozen.key, _light(COLOURS[measure.key]), frozen.title)
         _steps(column[2], "what a probe of the last layer reads", "accuracy")
         column[2].set_xlabel("training step")
+    figure.tight_layout()
     _legends(grid[1:, -1])
     return figure
 
@@ -152,9 +151,7 @@ def _light(colour: str) -> str:
 
 
 def _dimension(models: Mapping[int, Curves], results: Mapping[str, Any]) -> Any:
-    figure, grid = plt.subplots(
-        2, len(models), figsize=(5 * len(models), 6), sharex=True, squeeze=False, layout="tight"
-    )
+    figure, grid = plt.subplots(2, len(models), figsize=(5 * len(models), 6), sharex=True, squeeze=False)
     for column, (layers, runs) in zip(grid.T, sorted(models.items()), strict=True):
         for axes, measure, title in (
             (column[0], DIMENSION, "single words (distinct ones only)"),
@@ -164,14 +161,13 @@ def _dimension(models: Mapping[int, Curves], results: Mapping[str, Any]) -> Any:
                 line(axes, runs, f"{measure.key}@{layer}", LAYER_COLOURS[layer % 5], f"layer {layer}")
             _steps(axes, f"{layers} layers: {title}", "dimension (TwoNN)")
         column[1].set_xlabel("training step")
+    figure.tight_layout()
     _legends(grid[:1, -1])
     return figure
 
 
 def _curvature(models: Mapping[int, Curves], results: Mapping[str, Any]) -> Any:
-    figure, grid = plt.subplots(
-        3, len(models), figsize=(5 * len(models), 8), sharex=True, squeeze=False, layout="tight"
-    )
+    figure, grid = plt.subplots(3, len(models), figsize=(5 * len(models), 8), sharex=True, squeeze=False)
     for column, (layers, runs) in zip(grid.T, sorted(models.items()), strict=True):
         line(column[0], runs, TRACE_OF_HESSIAN.key, "#0072b2", TRACE_OF_HESSIAN.title)
         five = {run: {"five": _sum(curves)} for run, curves in runs.items() if _sum(curves) is not None}
@@ -182,6 +178,7 @@ def _curvature(models: Mapping[int, Curves], results: Mapping[str, Any]) -> Any:
         line(column[2], runs, NEGATIVE.key, "#009e73", NEGATIVE.title)
         _steps(column[2], "share of the curvature that is negative", "share")
         column[2].set_xlabel("training step")
+    figure.tight_layout()
     _legends(grid[:1, -1])
     return figure
 
@@ -206,7 +203,7 @@ def _order(models: Mapping[int, Curves], results: Mapping[str, Any]) -> Any:
     rows += [("peak of the trace of the Hessian", "#000000", both["peak"])]
     rows += [("turn of the dimension of the last layer", "#777777", both["turn"])]
     runs = list(results["runs"])
-    figure, axes = plt.subplots(figsize=(8, 0.5 + 0.14 * len(rows) * (len(runs) + 1)), layout="tight")
+    figure, axes = plt.subplots(figsize=(8, 0.5 + 0.14 * len(rows) * (len(runs) + 1)))
     ticks, names = [], []
     for row, (title, colour, events) in enumerate(rows):
         top = -row * (len(runs) + 1)
