@@ -392,19 +392,22 @@ def _caveats(results: Mapping[str, Any]) -> str:
     shown = " and ".join(
         f"{count} {'run' if count == 1 else 'runs'} of {layers} layers" for layers, count in sorted(counts.items())
     )
+    four = "" if 4 in counts else "\n  Four layers (`--models 4`) are not on this page."
     return f"""
 ## What to keep in mind
 
 - Runs: {shown}. A sign test over {n} runs cannot give p below {number(2.0 ** (1 - n))}, however clear they are.
-  Within a run the intervals are narrow; across runs the strength lies in how alike they are.
+  Within a run the intervals are narrow; across runs the strength lies in how alike they are.{four}
+- Curvature is that of 16 sentences, its trace from few random vectors. At step 0, where as much curves down as
+  up, it is hardly known (see its band), and a peak of the trace is as hard to show.
 - The seeds share one corpus. Another draw of sentences, or another language, is not covered.
 - Intervals of events are between checkpoints: nothing finer than their spacing can be known.
 - The learning rate still rises until step {warmup:,}: what peaks or turns before that does so during warm-up, and may
   belong to the schedule rather than to learning. The paper's runs have the same warm-up.
 - Half of the rise ({SHARE:g}) is a convention. Measures with another chance level, or another ceiling, are compared by
   it all the same.
-- What a checkpoint is asked decides what comes first. Whether a verb takes an object can be learnt from pairs of words;
-  so can most agreement with the word before. Only what spans other words needs the structure of the sentence.
+- What a checkpoint is asked decides what comes first. Whether a verb takes an object can be learnt from pairs of
+  words. Only what spans other words needs the structure of the sentence.
 - The weights decay apart from the gradient here (AdamW); TRACE adds the decay to the gradient.
 """
 

@@ -42,7 +42,7 @@ PROBED = (0, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1536)
 WORDS = (0, 64, 128, 192, 256, 384, 640)
 CURVED = (0, 16, 64, 128, 256, 384, 512, 768, 1024, 1536, 2560)
 HESSIANS = (0, 64, 128, 256, 384, 512, 768, 1024, 2560)
-HESSIAN = {"k": 5, "tolerance": 0.01, "max_steps": 40, "slq_probes": 2, "slq_steps": 8, "trace_probes": 24}
+HESSIAN = {"k": 5, "tolerance": 0.01, "max_steps": 40, "slq_probes": 2, "slq_steps": 8, "trace_probes": 6}
 DIMENSION = {"max_samples": 1000, "gride_to": 0, "trace_flattened": True}
 FIT = {"penalties": (0.01,), "tolerance": 2e-3}
 
