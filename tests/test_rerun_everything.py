@@ -45,6 +45,8 @@ def changed(name: str) -> dict[str, Any]:
             candidates.append((field, default * 0.9))
         elif isinstance(default, int):
             candidates.append((field, default - 1))
+        elif isinstance(default, tuple) and len(default) > 1:
+            candidates.append((field, list(default[:-1])))
     # Numbers first: a switch may turn on what takes long.
     for field, value in sorted(candidates, key=lambda item: isinstance(item[1], bool)):
         try:
