@@ -248,3 +248,15 @@ def test_the_time_left_is_what_the_rest_costs() -> None:
     assert costs.seconds_left() == pytest.approx((1 * 2.0 + 2 * 100.0) / 2)
     costs.observe("hessian", 10.0)
     assert costs.seconds_left() == pytest.approx((2.0 + 10.0) / 2)
+
+
+def test_threads_are_cores_over_jobs_and_never_more_than_the_user_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trace_offline.engine import options
+
+    monkeypatch.setattr(options, "cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert options.choose_jobs(2, "cpu", 1000) == (2, 4)
+    assert options.choose_jobs(16, "cpu", 1000) == (16, 1)
+    for asked, threads in (("1", 1), ("3", 3), ("99", 4), ("", 4), ("many", 4), ("0", 4)):
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+        assert options.choose_jobs(2, "cpu", 1000) == (2, threads)

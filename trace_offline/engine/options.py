@@ -169,4 +169,10 @@ def choose_jobs(asked: int | None, device: str, largest_bytes: int) -> tuple[int
         # libraries themselves.
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         jobs = max(1, min(available, int(0.6 * memory / (8 * largest_bytes + 1.5e9))))
-    return jobs, max(1, available // jobs)
+    return jobs, max(1, min(available // jobs, _asked_threads() or available))
+
+
+def _asked_threads() -> int | None:
+    """``OMP_NUM_THREADS``, by which users of shared machines say how many threads a process may have."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").strip()
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else None
