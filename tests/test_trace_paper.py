@@ -56,9 +56,8 @@ def claims(example: Any) -> ModuleType:
 
 def tiny(train: ModuleType, **changes: object) -> Any:
     sizes = {"nouns": 20, "verbs_per_frame": 2, "adjectives": 4, "adverbs": 3}
-    return train.Setting(
-        sentences=100, width=12, heads=2, inner=16, epochs=4, batch=16, warmup=5, **{**sizes, **changes}
-    )
+    small = {"sentences": 100, "width": 12, "heads": 2, "inner": 16, "epochs": 4, "batch": 16, "warmup": 5}
+    return train.Setting(**{**small, **sizes, **changes})
 
 
 def test_a_killed_run_ends_with_the_same_weights(train: ModuleType, tmp_path: Path) -> None:
@@ -121,7 +120,7 @@ def test_halves_give_the_gradient_of_the_whole_batch(train: ModuleType) -> None:
     whole = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
     whole.backward()
     assert count == int((targets != -100).sum())
-    assert loss == pytest.approx(float(whole), rel=1e-5)
+    assert loss == pytest.approx(whole.item(), rel=1e-5)
     for left, right in zip(mine, model.parameters(), strict=True):
         assert torch.allclose(left, right.grad, atol=1e-6)
 
