@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from trace_offline.cli import corpus, evaluation, events, importing, stores, watch
+from trace_offline.cli import corpus, evaluation, events, importing, options, stores, watch
 from trace_offline.core.errors import TraceOfflineError
 
 app = typer.Typer(
@@ -42,55 +42,35 @@ def analyze(
     source: Annotated[
         str | None, typer.Argument(help="A folder, a file, hf://org/name, or a Hugging Face cache folder.")
     ] = None,
-    evaluation_set: Annotated[Path | None, typer.Option(help="Folder of the evaluation set.")] = None,
-    heldout_set: Annotated[
-        Path | None, typer.Option(help="A second evaluation set, of held-out text, for analyzers that compare the two.")
-    ] = None,
-    store: Annotated[Path | None, typer.Option(metavar="FILE.duckdb", help="Where the history goes.")] = None,
-    analyzer: Annotated[
-        list[str] | None, typer.Option(help="An analyzer to run; repeat for several. Default: the five built in.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="ANALYZER.PARAM=VALUE", help="A parameter; repeatable.")
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="A TOML file with the same names; options win over it.")] = None,
-    run: Annotated[str | None, typer.Option(help="Name of the run in the store. Default: the folder's name.")] = None,
-    steps: Annotated[str | None, typer.Option(help="Only these steps, e.g. 0,512,1000-5000.")] = None,
-    revisions: Annotated[str | None, typer.Option(help="Revisions of a hub repository, e.g. 'step*'.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
-    jobs: Annotated[int | None, typer.Option(help="Worker processes. Default: what cores and memory allow.")] = None,
-    executor: Annotated[
-        str | None, typer.Option(help="inline, joblib or dask. Default: joblib, or inline for one job.")
-    ] = None,
-    timeout: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Give up an analysis that takes longer; the rest goes on.")
-    ] = None,
-    scheduler: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="The Dask scheduler, for --executor dask.")
-    ] = None,
+    evaluation_set: options.EvaluationSet = None,
+    heldout_set: options.HeldoutSet = None,
+    store: options.StoreFile = None,
+    analyzer: options.Analyzers = None,
+    set_: options.Assignments = None,
+    config: options.Config = None,
+    run: options.RunName = None,
+    steps: options.Steps = None,
+    revisions: options.Revisions = None,
+    device: options.Device = None,
+    jobs: options.Jobs = None,
+    executor: options.Executor = None,
+    timeout: options.Timeout = None,
+    scheduler: options.Scheduler = None,
     shard: Annotated[
         str | None, typer.Option(metavar="i/n", help="Only every n-th checkpoint from the i-th; see merge.")
     ] = None,
-    cache: Annotated[
-        str | None,
-        typer.Option(metavar="auto|off|FOLDER", help="Keep hidden states for reruns, beside the store or there."),
-    ] = None,
-    cache_size: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="The most the cache may hold, 20GB by default; alone: --cache auto."),
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float64, bfloat16 or float16.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of every random choice; the same for all steps.")] = None,
-    model_factory: Annotated[
-        str | None, typer.Option(metavar="PACKAGE.MODULE:FUNCTION", help="Makes the model from raw weights.")
-    ] = None,
-    blocks: Annotated[str | None, typer.Option(help="Names of the model's blocks, e.g. 'layers.*'.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Folder of the tokenizer, if not beside the weights.")] = None,
+    cache: options.Cache = None,
+    cache_size: options.CacheSize = None,
+    dtype: options.Dtype = None,
+    seed: options.Seed = None,
+    model_factory: options.ModelFactory = None,
+    blocks: options.Blocks = None,
+    tokenizer: options.Tokenizer = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Compute again what the store already has.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Analyze every checkpoint of a run into the store. Doing it twice is a no-op; interrupted runs resume."""
     from trace_offline.cli.analysis import run_analyze
@@ -114,32 +94,20 @@ def rerun(
         list[str] | None,
         typer.Option("--set", metavar="PARAM=VALUE", help="A parameter to change; repeatable."),
     ] = None,
-    steps: Annotated[str | None, typer.Option(help="Only these steps, e.g. 0,512,1000-5000.")] = None,
+    steps: options.Steps = None,
     run: Annotated[str | None, typer.Option(help="Only this run of the store.")] = None,
     source: Annotated[str | None, typer.Option(help="Where the checkpoints are now, if they moved.")] = None,
     evaluation_set: Annotated[Path | None, typer.Option(help="Where the evaluation set is now, if it moved.")] = None,
     heldout_set: Annotated[Path | None, typer.Option(help="Where the held-out set is now, or another one.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
-    jobs: Annotated[int | None, typer.Option(help="Worker processes.")] = None,
-    executor: Annotated[
-        str | None, typer.Option(help="inline, joblib or dask. Default: joblib, or inline for one job.")
-    ] = None,
-    timeout: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Give up an analysis that takes longer; the rest goes on.")
-    ] = None,
-    scheduler: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="The Dask scheduler, for --executor dask.")
-    ] = None,
-    cache: Annotated[
-        str | None,
-        typer.Option(metavar="auto|off|FOLDER", help="Keep hidden states for reruns, beside the store or there."),
-    ] = None,
-    cache_size: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="The most the cache may hold, 20GB by default; alone: --cache auto."),
-    ] = None,
+    device: options.Device = None,
+    jobs: options.Jobs = None,
+    executor: options.Executor = None,
+    timeout: options.Timeout = None,
+    scheduler: options.Scheduler = None,
+    cache: options.Cache = None,
+    cache_size: options.CacheSize = None,
     force: Annotated[bool, typer.Option("--force", help="Compute again what the store already has.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Run one analyzer again over a whole history, changing single parameters; nothing else is touched."""
     from trace_offline.cli.analysis import run_rerun
