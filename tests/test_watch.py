@@ -140,6 +140,32 @@ def test_a_checkpoint_removed_before_it_was_read_is_no_failure(
     assert [row["step"] for row in status] == [0, 2, 4]
 
 
+def test_what_was_measured_before_the_removal_is_kept(
+    small_series: SmallSeries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trace_offline.engine import execution
+
+    run, store = tmp_path / "run", tmp_path / "s.duckdb"
+    shutil.copytree(small_series.run, run)
+    real = execution.run_unit
+
+    def rotating(unit: object) -> object:
+        outcomes = real(unit)  # type: ignore[arg-type]
+        if unit.checkpoint.step == 1:  # type: ignore[attr-defined]
+            shutil.rmtree(run / "step1")
+        return outcomes
+
+    def broken(*_: object, **__: object) -> None:
+        raise MemoryError("planned")
+
+    monkeypatch.setattr(execution, "run_unit", rotating)
+    monkeypatch.setattr("trace_offline.analyzers.output.OutputAnalyzer.measure", broken)
+    summary = Watch(options(small_series, run, store, "loss", "output"), interval=0.01, quiet=0.0).run()
+    assert summary.removed == []
+    assert summary.failed == 3  # a real failure stays one, though its checkpoint is gone by now
+    assert set(counts(store)) == {0, 1, 2, 4}
+
+
 def test_another_writer_is_waited_for(
     small_series: SmallSeries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,12 +152,15 @@ class Execution:
         todo += sum(planner.missing(item) for item in remote if id(item) in places) + len(pending) * len(remote)
         self._count_done(chosen, whole, pending, units)
         if todo == 0:
+            self.workers.board.clear()  # what a killed run left there is stored by now
             return
         self.progress.start(todo, len(whole) if pending else len(units) + len(remote))
         final = {id(item): item for item in whole}
         self._expect(units, remote, pending, len(whole))
         board = self.workers.board
         try:
+            # Kept by an earlier run and not wanted by this one: must not stand in for what this run measures.
+            board.clear()
             board.open()
             self.stop.armed = True
             self._measure(units, remote, final, lambda item, asked: unit_of(item, measure=asked in places), pending)
@@ -255,7 +258,7 @@ class Execution:
         checkpoint = unit.checkpoint
         requests = {request.analysis_id: request for request in unit.requests}
         names = dict(self._names)
-        if self.rotating and _lost(outcomes) and _is_gone(checkpoint):
+        if self.rotating and _all_failed(outcomes) and _is_gone(checkpoint):
             self.summary.removed.append(name_of(checkpoint))
             self.writer.unplan(requests)
             self.progress.note(f"{name_of(checkpoint)} was removed by the training before it could be read")
@@ -303,8 +306,9 @@ def _cost_name(request: AnalysisRequest) -> str:
     return request.analyzer if request.extract_to is None else f"{request.analyzer} (extract)"
 
 
-def _lost(outcomes: list[Outcome]) -> bool:
-    return any(outcome.status in (AnalysisStatus.FAILED, AnalysisStatus.CRASHED) for outcome in outcomes)
+def _all_failed(outcomes: list[Outcome]) -> bool:
+    """A checkpoint that was gone before it was read fails in everything; one that failed in part was read."""
+    return all(outcome.status is AnalysisStatus.FAILED for outcome in outcomes)
 
 
 def _is_gone(checkpoint: Checkpoint) -> bool:
