@@ -24,10 +24,15 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-# The peers that slow tests compare with; without their own needs, which would bring other versions of torch or NumPy.
-PEERS := dadapy==0.3.4 curvlinops-for-pytorch==3.0.1 einops==0.8.2 einconv==0.1.0
-test-slow: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(PEERS)
+# The peers that slow tests and benchmarks compare with, the names of the extra `benchmark`; without their own needs,
+# which would bring other versions of torch and NumPy. They are installed once, again when the names change.
+PEERS := $(VENV)/.peers
+$(PEERS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
+		$$(sed -n '/^benchmark = \[/,/^\]/s/^ *"\(.*\)",*$$/\1/p' pyproject.toml)
+	touch $@
+
+test-slow: setup $(PEERS)
 	$(BIN)/python -m pytest -m slow
 
 check: setup
@@ -35,7 +40,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup
+bench: setup $(PEERS)
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
 
 clean:
