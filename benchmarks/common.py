@@ -45,6 +45,13 @@ def result(case: str, ours: float, unit: str, **more: Any) -> dict[str, Any]:
     return row
 
 
+def load(name: str) -> list[dict[str, Any]]:
+    """The committed rows, for a benchmark that measures some of its cases again; none when there is no file yet."""
+    path = RESULTS / f"{name}.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    return rows
+
+
 def save(name: str, rows: list[dict[str, Any]]) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
