@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,19 @@ def median_seconds(body: Callable[[], Any], repeats: int = 5, warmup: int = 1) -
         body()
         times.append(time.perf_counter() - started)
     return statistics.median(times)
+
+
+def alternating(bodies: Mapping[str, Callable[[], Any]], repeats: int = 5, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each body, ``repeats`` of them, taken in turn so that a drifting machine meets all of them alike."""
+    for body in list(bodies.values()) * warmup:
+        body()
+    times: dict[str, list[float]] = {name: [] for name in bodies}
+    for _ in range(repeats):
+        for name, body in bodies.items():
+            started = time.perf_counter()
+            body()
+            times[name].append(time.perf_counter() - started)
+    return times
 
 
 def result(case: str, ours: float, unit: str, **more: Any) -> dict[str, Any]:
