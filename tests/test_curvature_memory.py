@@ -16,8 +16,10 @@ from test_ggn import analyze as output_curvature
 from test_train_heldout_curvature import analyze as train_heldout
 from test_train_heldout_curvature import halves
 
+from trace_offline.activations import memory
+from trace_offline.activations.memory import Memory, free_memory, host_memory
 from trace_offline.analyzers import _curvature_plan as module
-from trace_offline.analyzers._curvature_plan import Memory, Placement, free_memory, place_for, plan_basis
+from trace_offline.analyzers._curvature_plan import Placement, place_for, plan_basis
 from trace_offline.core.errors import NotApplicable
 from trace_offline.estimators.operators import HostVectors
 
@@ -63,22 +65,22 @@ def test_free_memory_of_a_device_counts_what_the_allocator_could_give(monkeypatc
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 8000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 500)
-    monkeypatch.setattr(module, "_host_memory", lambda: 77)
+    monkeypatch.setattr(memory, "host_memory", lambda: 77)
     assert free_memory(torch.device("cuda:1")) == Memory(1200, 77)
 
 
 def test_host_memory_is_that_of_the_machine_or_the_container(tmp_path: Path) -> None:
-    assert module._host_memory(tmp_path) is None
+    assert host_memory(tmp_path) is None
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemTotal: 90 kB\nMemFree: 5 kB\nMemAvailable: 20 kB\n")
-    assert module._host_memory(tmp_path) == 20 * 1024
+    assert host_memory(tmp_path) == 20 * 1024
     group = tmp_path / "sys/fs/cgroup"
     group.mkdir(parents=True)
     (group / "memory.max").write_text("max\n")
     (group / "memory.current").write_text("3000\n")
-    assert module._host_memory(tmp_path) == 20 * 1024
+    assert host_memory(tmp_path) == 20 * 1024
     (group / "memory.max").write_text("8000\n")
-    assert module._host_memory(tmp_path) == 5000
+    assert host_memory(tmp_path) == 5000
 
 
 @pytest.mark.parametrize(

@@ -255,8 +255,8 @@ def test_threads_are_cores_over_jobs_and_never_more_than_the_user_allows(monkeyp
 
     monkeypatch.setattr(options, "cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert options.choose_jobs(2, "cpu", 1000) == (2, 4)
-    assert options.choose_jobs(16, "cpu", 1000) == (16, 1)
+    assert options.choose_jobs(2, 0, 1000) == (2, 4)
+    assert options.choose_jobs(16, 0, 1000) == (16, 1)
     for asked, threads in (("1", 1), ("3", 3), ("99", 4), ("", 4), ("many", 4), ("0", 4)):
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
-        assert options.choose_jobs(2, "cpu", 1000) == (2, threads)
+        assert options.choose_jobs(2, 0, 1000) == (2, threads)

@@ -1,7 +1,8 @@
 """One forward pass over the evaluation set, shared by every collector.
 
 Numbers must not depend on who else listens: how rows are cut into batches follows from the network and the evaluation
-set alone, and hidden states are always copied off the same computation, whether or not the output head runs after it.
+set (on a GPU from its free memory, too), and hidden states are always copied off the same computation, whether or not
+the output head runs after it.
 
 Shape letters: B sequences of a batch, T positions, D width, V output classes, L blocks, N rows of the set.
 """
@@ -17,7 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from trace_offline.activations.batch import IGNORED, Collector, ForwardBatch
+from trace_offline.activations.batch_size import PassOutOfMemory, PassShape, attention_heads, rows_that_fit, too_small
+from trace_offline.activations.memory import free_memory
 from trace_offline.activations.model import ModelView, logits_of
+from trace_offline.activations.precision import products
 from trace_offline.core.errors import CheckpointError, EvaluationSetError, NotApplicable
 
 BATCH_TOKENS = 8192
@@ -83,6 +87,7 @@ def run_pass(
     collectors: Mapping[str, Collector],
     *,
     first_row: int = 0,
+    rows_at_most: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
     memory_floats: int = MEMORY_FLOATS,
     on_error: Callable[[str, Exception], None] | None = None,
@@ -92,13 +97,17 @@ def run_pass(
 
     ``first_row``: the rows before it are left out. Each batch is cut to its longest sequence. A batch holds at most
     ``batch_tokens`` positions and ``memory_floats`` values of logits or hidden states (256 MB by default), whichever is
-    less, always the same for the same network and set. The output head is skipped when no collector needs logits, the
-    network when none needs it.
+    less, always the same for the same network and set; on a GPU, what fits into its free memory (``batch_size``). The
+    output head is skipped when no collector needs logits, the network when none needs it.
     Values that are not finite are handed on as they are.
 
     A collector that raises is dropped while the others go on; one that needs hidden states or logits the network
     cannot give is dropped with NotApplicable. The exceptions are returned by name (``on_error`` hears of each at once);
     the caller calls ``finish`` of the rest. ``on_batch`` is told rows done and rows in all.
+
+    When a GPU runs out of memory, PassOutOfMemory is raised at once: the caller begins anew with other collectors and
+    ``rows_at_most`` half of its ``rows``. With that given, and where a single row was too much, there is no second
+    chance: a collector that runs out of memory is dropped with DeviceMemoryError, the network raises it.
 
     Raises EvaluationSetError when the network cannot take the tokens (an id or a position it has no embedding for),
     CheckpointError when it does not take ``input_ids`` and ``attention_mask``.
@@ -118,6 +127,9 @@ def run_pass(
     if n_rows and any(item.needs_hidden or item.needs_logits for item in active.values()):
         anatomy = examine(model, evaluation)
         rows = anatomy.rows_per_batch(evaluation.max_length, model.n_layers or 0, batch_tokens, memory_floats)
+        free = free_memory(torch.device(model.device)).device
+        if free is not None:
+            rows = rows_that_fit(_shape(model, anatomy, evaluation), free)
         headless = f"{type(model.module).__name__} has no output head: it returns no logits"
         obstacles = (anatomy.obstacle, headless if anatomy.classes is None else None)
     elif n_rows:
@@ -128,16 +140,40 @@ def run_pass(
                 drop(name, NotApplicable(f"not applicable because {obstacle}"))
                 break
 
+    rows = min(rows, rows_at_most or rows, max(1, n_rows - first_row))
+    again = rows_at_most is None and rows > 1
     for start in range(first_row, n_rows, rows):
         if not active:
             break
         stop = min(start + rows, n_rows)
-        batch = _forward(model, evaluation, start, stop, list(active.values()))
+        try:
+            batch = _forward(model, evaluation, start, stop, list(active.values()))
+        except torch.OutOfMemoryError as full:
+            if again:
+                raise PassOutOfMemory(rows) from None
+            raise too_small(f"the forward pass of {stop - start} sequences", full) from None
         for name, error in hand_out(batch, active):
+            if isinstance(error, torch.OutOfMemoryError):
+                if again:
+                    raise PassOutOfMemory(rows)
+                error = too_small(f"what is collected of {stop - start} sequences", error)
             drop(name, error)
+        del batch  # or it would take its memory beside the next one
         if on_batch is not None:
             on_batch(stop, n_rows)
     return dropped
+
+
+def _shape(model: ModelView, anatomy: Anatomy, evaluation: TokenSource) -> PassShape:
+    width = anatomy.width or 1
+    return PassShape(
+        layers=model.n_layers or 0,
+        width=width,
+        classes=anatomy.classes or 0,
+        heads=attention_heads(getattr(model.module, "config", None), width),
+        itemsize=next((p.element_size() for p in model.module.parameters() if p.is_floating_point()), 4),
+        length=evaluation.max_length,
+    )
 
 
 def hand_out(batch: ForwardBatch, collectors: Mapping[str, Collector]) -> list[tuple[str, Exception]]:
@@ -218,7 +254,8 @@ def _forward(
 
 def _call(model: ModelView, input_ids: Tensor, attention_mask: Tensor) -> object:
     try:
-        return model.module(input_ids=input_ids, attention_mask=attention_mask)
+        with products(model.dtype):
+            return model.module(input_ids=input_ids, attention_mask=attention_mask)
     except _Reached:
         return None
     except IndexError as error:

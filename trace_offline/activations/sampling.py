@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from trace_offline.activations.forward import BATCH_TOKENS, MEMORY_FLOATS
+from trace_offline.activations.memory import at_once
 from trace_offline.activations.model import ModelView, logits_of
 from trace_offline.core.errors import NotApplicable, UsageError
 
@@ -138,7 +139,7 @@ def _uniforms(seed: int, row: int, count: int) -> np.ndarray[Any, np.dtype[np.fl
 
 def _rows_per_batch(length: int, classes: int, batch_tokens: int, memory_floats: int) -> int:
     tokens = min(batch_tokens, memory_floats // max(1, classes))
-    return max(1, tokens // length)
+    return at_once(max(1, tokens // length))
 
 
 def _whole(ids: Tensor) -> tuple[Tensor, Tensor]:

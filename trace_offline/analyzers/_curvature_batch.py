@@ -17,6 +17,7 @@ from torch import Tensor
 from trace_offline.activations.batch import IGNORED
 from trace_offline.activations.forward import trimmed
 from trace_offline.activations.losses import summed_loss
+from trace_offline.activations.memory import free_memory, is_halved
 from trace_offline.analyzers._measurements import check_targets
 from trace_offline.core.errors import NotApplicable
 from trace_offline.estimators.hvp import graph_bytes
@@ -167,7 +168,9 @@ def plan_batches(
 
     The graph of a batch costs a fixed part and one part per row. Both are measured, on the longest row alone and on
     the two longest. All graphs are kept when they fit together (a product then costs two gradients); else one
-    micro-batch at a time is built for each product (about three and a half).
+    micro-batch at a time is built for each product (about three and a half). On a GPU they also stay within half of
+    what is free there, the rest being for the vectors; inside ``halved`` the micro-batch is half as large and no graph
+    is kept. None of this changes a number by more than rounding.
 
     Raises:
         NotApplicable: the graph of one micro-batch alone is too large.
@@ -181,6 +184,10 @@ def plan_batches(
     per_row = max(two - one, 1)
     fixed = max(one - per_row, 0)
     bound = int(max_graph_gb * GIB)
+    free = free_memory(parameters[0].device).device
+    scarce = free is not None and free // 2 < bound
+    if free is not None:
+        bound = min(bound, free // 2)
     size = micro_batch
     if size is None:
         size = count if fixed + per_row * count <= bound else (bound - fixed) // per_row
@@ -189,10 +196,17 @@ def plan_batches(
         smallest = (fixed + per_row * max(size, 1)) / GIB
         advice = f"max_graph_gb to at least {smallest:.2g}"
         advice += " or shorten the sequences of the evaluation set" if size <= 1 else f", or micro_batch below {size}"
+        limit = f"max_graph_gb is {max_graph_gb:g}: set {advice}"
+        if scarce:
+            less = "shorten the sequences of the evaluation set" if size <= 1 else f"set micro_batch below {size}"
+            limit = f"the GPU has {(free or 0) / GIB:.3g} GiB free, half of it for graphs: take a larger one, or {less}"
         raise NotApplicable(
             f"not applicable because the gradient graph of {max(size, 1)} of {count} sequences needs about "
-            f"{smallest:.3g} GiB and max_graph_gb is {max_graph_gb:g}: set {advice}"
+            f"{smallest:.3g} GiB and {limit}"
         )
+    half = is_halved()
+    size = (size + 1) // 2 if half else size
     pieces = math.ceil(count / size)
     parts = tuple(list(range(start, min(start + size, count))) for start in range(0, count, size))
-    return Plan(parts, keep_graphs=fixed * pieces + per_row * count <= bound, graph_bytes=fixed + per_row * size)
+    keep = fixed * pieces + per_row * count <= bound and not half
+    return Plan(parts, keep_graphs=keep, graph_bytes=fixed + per_row * size)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
+from trace_offline.activations.memory import free_memory, is_halved
 from trace_offline.analyzers._curvature_batch import GIB
 from trace_offline.core.errors import NotApplicable
 from trace_offline.estimators.operators import HostVectors, SymmetricOperator
@@ -101,40 +101,6 @@ def plan_basis(
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Free bytes on the device (None: the device is the host, whose memory the user bounds) and on the host."""
-
-    device: int | None
-    host: int | None = None
-
-
-def free_memory(device: torch.device) -> Memory:
-    """What is free now on a CUDA device, counting what PyTorch's allocator holds and does not use, and beside it."""
-    if device.type != "cuda":
-        return Memory(None)
-    free, _ = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return Memory(int(free) + unused, _host_memory())
-
-
-def _host_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that programs can still take on this machine and in this container; None where the system does not say."""
-    found = [int(line.split()[1]) * 1024 for line in _lines(root / "proc/meminfo") if line.startswith("MemAvailable:")]
-    group = root / "sys/fs/cgroup"
-    limit, used = _lines(group / "memory.max"), _lines(group / "memory.current")
-    if limit and used and limit[0].isdigit():
-        found.append(max(int(limit[0]) - int(used[0]), 0))
-    return min(found, default=None)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return []
-
-
-@dataclass(frozen=True)
 class Placement:
     """Where vectors go. ``free``: None where what was asked fits; else the bytes there are, and less must be asked."""
 
@@ -148,6 +114,8 @@ def place_for(needed: int, device: torch.device, reserve: int) -> Placement:
     if memory.device is None:
         return Placement(host=False)
     room = max(memory.device - reserve, 0)
+    if is_halved():
+        room //= 2
     if needed <= room:
         return Placement(host=False)
     if memory.host is None or needed <= memory.host:

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from trace_offline.activations.batch import IGNORED
 from trace_offline.activations.forward import BATCH_TOKENS, trimmed
+from trace_offline.activations.memory import at_once
 from trace_offline.analyzers._measurements import check_targets
 from trace_offline.core.errors import NotApplicable, UsageError, nearest
 
@@ -178,7 +179,7 @@ class PartGradients:
         """``[1 + losses, P]``: gradients of the loss over all targets and of each restricted one; their targets."""
         found = torch.zeros(1 + len(self._losses), self.size, dtype=torch.float32, device=self._model.device)
         targets = np.zeros(1 + len(self._losses))
-        per_batch = max(1, BATCH_TOKENS // max(1, self._source.evaluation.max_length))
+        per_batch = at_once(max(1, BATCH_TOKENS // max(1, self._source.evaluation.max_length)))
         with _differentiable(self._parameters):
             for start in range(0, len(part.rows), per_batch):
                 self._add(part.rows[start : start + per_batch], found, targets)

@@ -37,6 +37,7 @@ __all__ = ["DTYPES", "ModelCache", "load_model"]
 
 DTYPES = {
     "float32": torch.float32,
+    "tf32": torch.float32,  # how the shared pass multiplies; the tensors are the same
     "float64": torch.float64,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,

@@ -34,6 +34,10 @@ class StoreError(TraceOfflineError):
     """A store that cannot be opened, read or written."""
 
 
+class DeviceMemoryError(TraceOfflineError):
+    """A GPU that has too little memory, also for half as much at once."""
+
+
 class NotApplicable(TraceOfflineError):
     """Raised by an analyzer whose question has no meaning here; a normal outcome, stored with the reason."""
 

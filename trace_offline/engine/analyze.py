@@ -19,12 +19,12 @@ from trace_offline.engine.execution import Execution, Summary, Workforce, duplic
 from trace_offline.engine.fingerprints import known_fingerprints, with_fingerprints
 from trace_offline.engine.heldout import check_used, load_heldout, with_heldout
 from trace_offline.engine.interrupt import StopRequest
-from trace_offline.engine.options import AnalyzeOptions, choose_jobs, factory_digest
+from trace_offline.engine.options import AnalyzeOptions, choose_device, choose_jobs, factory_digest
 from trace_offline.engine.plan import Planner, default_run_name, resolve_analyzers, short_names
 from trace_offline.engine.progress import Progress, Silent
 from trace_offline.engine.series import SeriesPlan
 from trace_offline.engine.unit import Unit, WorkSettings
-from trace_offline.engine.worker import check_tokenizer_of, resolve_device
+from trace_offline.engine.worker import check_tokenizer_of
 from trace_offline.evaluation.evaluation_set import EvaluationSet
 from trace_offline.store.writer import Writer
 
@@ -54,13 +54,14 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None, stop: Sto
     needed = usable if comparing else _selected(usable, options)
     run = options.run or default_run_name(options.source)
 
-    device = resolve_device(options.device)
+    placement = choose_device(options)
     cache = cache_folder(options.cache, options.cache_size, Path(options.store))
-    jobs, threads = choose_jobs(options.jobs, device, max(item.size_bytes for item in usable))
+    jobs, threads = choose_jobs(options.jobs, len(placement.gpus), max(item.size_bytes for item in usable))
+    executor = options.executor or ("inline" if jobs == 1 and options.timeout is None else "joblib")
     settings = WorkSettings(
         evaluation_set=str(Path(options.evaluation_set).absolute()),
         evaluation_hash=evaluation.hash,
-        device=device,
+        device=placement.inline if executor == "inline" else placement.device,
         dtype=options.dtype,
         seed=options.seed,
         threads=threads,
@@ -117,11 +118,12 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None, stop: Sto
                 "Merge the shards, then run the same command without --shard on the merged store."
             )
         workers = Workforce(
-            options.executor or ("inline" if jobs == 1 and options.timeout is None else "joblib"),
+            executor,
             jobs,
             Board.of(writer.path),
             options.timeout,
             options.scheduler,
+            placement.gpus,
         )
         Execution(
             planner, series, writer, summary, workers, progress, register, stop or StopRequest(),

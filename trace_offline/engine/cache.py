@@ -182,14 +182,16 @@ class UnitActivations:
         """The network, opened now, or later where ``hidden_only`` analyses may be served without it."""
         return LazyModel(self.kept, self.device, self.dtype, load) if self.kept and hidden_only else load()
 
-    def run_pass(self, model: Any, evaluation: Any, collectors: Mapping[str, Any]) -> dict[str, Exception]:
+    def run_pass(
+        self, model: Any, evaluation: Any, collectors: Mapping[str, Any], rows_at_most: int | None = None
+    ) -> dict[str, Exception]:
         """``run_pass`` over the network, or from what is kept when that is enough; what is new is kept."""
         from trace_offline.activations.forward import run_pass
         from trace_offline.activations.kept import Recorder, replay
         from trace_offline.activations.places import Places
 
         if self.cache is None:
-            return run_pass(model, evaluation, collectors)
+            return run_pass(model, evaluation, collectors, rows_at_most=rows_at_most)
         asked = Places.read_by(collectors.values(), evaluation.n_examples)
         covered = self.kept is not None and self.kept.places.covers(asked)
         if isinstance(model, LazyModel):
@@ -198,10 +200,10 @@ class UnitActivations:
             model = model.opened()
         sources = code_of(model.module)
         if covered or not len(asked) or sources is None:
-            return run_pass(model, evaluation, collectors)
+            return run_pass(model, evaluation, collectors, rows_at_most=rows_at_most)
         wanted = asked | self.kept.places if self.kept else asked
         recorder = Recorder(wanted, self.cache.most_bytes)
-        broken = run_pass(model, evaluation, {**collectors, RECORDER: recorder})
+        broken = run_pass(model, evaluation, {**collectors, RECORDER: recorder}, rows_at_most=rows_at_most)
         if broken.pop(RECORDER, None) is None and not recorder.empty:
             note = self.cache.keep(self.key, recorder, sources)
             self.notes += [note] if note else []

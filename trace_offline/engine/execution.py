@@ -32,13 +32,17 @@ _DONE = ("ok", "not_applicable")
 
 @dataclass(frozen=True)
 class Workforce:
-    """Who does the work. ``executor``: inline, joblib or dask; ``timeout``: seconds that one task may take."""
+    """Who does the work. ``executor``: inline, joblib or dask; ``timeout``: seconds that one task may take.
+
+    ``gpus``: what joblib's workers are bound to, one each; empty where they compute on the CPU.
+    """
 
     executor: str
     jobs: int
     board: Board
     timeout: float | None = None
     scheduler: str | None = None
+    gpus: tuple[str, ...] = ()
 
     def run(self, units: Iterator[Unit], body: Callable[[Unit], list[Outcome]]) -> Iterator[Finished]:
         """Units as they finish."""
@@ -48,7 +52,7 @@ class Workforce:
             from trace_offline.engine.cluster import run_dask
 
             return run_dask(units, body, self.scheduler, self.timeout)
-        return run_joblib(units, body, self.jobs, self.board, self.timeout)
+        return run_joblib(units, body, self.jobs, self.board, self.timeout, self.gpus)
 
 
 @dataclass

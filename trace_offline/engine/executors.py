@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from trace_offline.core.types import AnalysisStatus, Outcome
 from trace_offline.engine.board import Board
+from trace_offline.engine.devices import Slots
 from trace_offline.engine.unit import AnalysisRequest, Unit
 from trace_offline.engine.watchdog import Watchdog
 
@@ -35,16 +36,21 @@ def run_inline(units: Iterable[Unit], body: Body) -> Iterator[Finished]:
 
 
 def run_joblib(
-    units: Iterable[Unit], body: Body, jobs: int, board: Board | None = None, timeout: float | None = None
+    units: Iterable[Unit],
+    body: Body,
+    jobs: int,
+    board: Board | None = None,
+    timeout: float | None = None,
+    gpus: tuple[str, ...] = (),
 ) -> Iterator[Finished]:
-    """Units over ``jobs`` worker processes (joblib, loky), yielded as they finish.
+    """Units over ``jobs`` worker processes (joblib, loky), yielded as they finish; each bound to one of ``gpus``.
 
     When a worker dies joblib cannot say which task killed it and drops the pool. Of the units that were under way (at
     most ``jobs``), what was finished is taken from the board, what was at stake runs again, each analysis alone, and
     the rest goes back into the queue. An analysis that kills its worker again, or that takes longer than ``timeout``
     seconds, is recorded as crashed and everything else goes on.
     """
-    return _Pool(iter(units), body, jobs, board, timeout).run()
+    return _Pool(iter(units), body, jobs, board, timeout, gpus).run()
 
 
 @dataclass
@@ -54,6 +60,7 @@ class _Pool:
     jobs: int
     board: Board | None
     timeout: float | None
+    gpus: tuple[str, ...] = ()
     under_way: dict[str, Unit] = field(default_factory=dict)
     again: deque[Unit] = field(default_factory=deque)
 
@@ -62,7 +69,7 @@ class _Pool:
             watchdog = Watchdog(self.board, self.timeout)
             try:
                 with watchdog:
-                    for key, outcomes in _parallel(self._tasks(), self.jobs):
+                    for key, outcomes in _parallel(self._tasks(), self.jobs, self.gpus):
                         yield self.under_way.pop(key), outcomes
                 return
             except BrokenProcessPool:
@@ -108,7 +115,7 @@ class _Pool:
         watchdog = Watchdog(self.board, self.timeout)
         try:
             with watchdog:
-                ((_, (outcome,)),) = list(_parallel(iter([delayed(_keyed)(self.body, single)]), self.jobs))
+                ((_, (outcome,)),) = list(_parallel(iter([delayed(_keyed)(self.body, single)]), self.jobs, self.gpus))
                 return outcome
         except BrokenProcessPool as error:
             if request.analysis_id in watchdog.hung:
@@ -136,7 +143,7 @@ def _named(body: Callable[[T], list[Outcome]], task: T) -> tuple[str, list[Outco
     return "", body(task)
 
 
-def _parallel(tasks: Iterator[Any], jobs: int) -> Iterator[tuple[str, list[Outcome]]]:
+def _parallel(tasks: Iterator[Any], jobs: int, gpus: tuple[str, ...] = ()) -> Iterator[tuple[str, list[Outcome]]]:
     from joblib import Parallel
 
     parallel = Parallel(
@@ -147,7 +154,7 @@ def _parallel(tasks: Iterator[Any], jobs: int) -> Iterator[tuple[str, list[Outco
         pre_dispatch=jobs,
         batch_size=1,
         initializer=_belong_to,
-        initargs=(os.getpid(),),
+        initargs=(os.getpid(), Slots.of(gpus, jobs)),
     )
     with warnings.catch_warnings():
         # A generator closed early (an interrupt) warns about the tasks it cancels; that is what was asked for.
@@ -155,8 +162,8 @@ def _parallel(tasks: Iterator[Any], jobs: int) -> Iterator[tuple[str, list[Outco
         yield from parallel(tasks)
 
 
-def _belong_to(parent: int) -> None:
-    """In a worker: Ctrl-C is for the parent to handle, and nothing is computed for a parent that was killed."""
+def _belong_to(parent: int, slots: Slots | None = None) -> None:
+    """In a worker: Ctrl-C is for the parent to handle, nothing is computed for a parent that was killed, one GPU."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
@@ -166,6 +173,8 @@ def _belong_to(parent: int) -> None:
 
     if os.getppid() == parent:
         threading.Thread(target=watch, daemon=True).start()
+    if slots is not None:
+        slots.bind()
 
 
 def _keyed(body: Body, unit: Unit) -> tuple[str, list[Outcome]]:

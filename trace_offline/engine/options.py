@@ -12,9 +12,9 @@ from trace_offline.core.errors import UsageError, nearest
 from trace_offline.core.hashing import file_digest
 from trace_offline.core.steps import StepSelection
 from trace_offline.engine.cache import AUTO, DEFAULT_SIZE, OFF, parse_size
+from trace_offline.engine.devices import Placement, check_device, check_tf32, parse_device, place, visible_gpus
 
-DTYPES = ("float32", "float64", "bfloat16", "float16")
-DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("float32", "tf32", "float64", "bfloat16", "float16")
 EXECUTORS = ("inline", "joblib", "dask")
 
 
@@ -75,19 +75,9 @@ class AnalyzeOptions:
             raise UsageError(
                 f'--dtype: "{self.dtype}" is not known.{nearest(self.dtype, DTYPES)} There are: {", ".join(DTYPES)}.'
             )
-        if self.device not in DEVICES and not self.device.startswith("cuda:"):
-            raise UsageError(
-                f'--device: "{self.device}" is not known.{nearest(self.device, DEVICES)} '
-                f"There are: {', '.join(DEVICES)}, cuda:N."
-            )
-        if self.device.startswith("cuda"):
-            import torch
-
-            if not torch.cuda.is_available():
-                raise UsageError(
-                    f"--device {self.device}: PyTorch sees no CUDA device here. Use --device cpu, or install a CUDA "
-                    "build of PyTorch."
-                )
+        parse_device(self.device)
+        if self.executor != "dask":  # its workers look for themselves
+            check_device(self.device)
         if self.model_factory is not None:
             from trace_offline.checkpoints.factory import load_factory
 
@@ -153,8 +143,21 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
-def choose_jobs(asked: int | None, device: str, largest_bytes: int) -> tuple[int, int]:
-    """(worker processes, threads of each).
+def choose_device(options: AnalyzeOptions) -> Placement:
+    """Where the units of a run are computed; Dask's workers resolve ``auto`` where they are.
+
+    Raises UsageError for TF32 without a GPU.
+    """
+    if options.executor == "dask":
+        return Placement(options.device, options.device)
+    names = () if options.device == "cpu" else visible_gpus(surely=options.device != "auto")
+    found = place(options.device, names)
+    check_tf32(options.dtype, found.device)
+    return found
+
+
+def choose_jobs(asked: int | None, gpus: int, largest_bytes: int) -> tuple[int, int]:
+    """(worker processes, threads of each). One process for each of ``gpus``, where there are any.
 
     Depends on the machine and the models only, never on how much work is left: the number of threads can change the
     last digit of a sum, and a resumed run must give what an uninterrupted one gives.
@@ -162,8 +165,8 @@ def choose_jobs(asked: int | None, device: str, largest_bytes: int) -> tuple[int
     available = cores()
     if asked is not None:
         jobs = asked
-    elif device.startswith("cuda"):
-        jobs = 1
+    elif gpus:
+        jobs = gpus
     else:
         # A worker holds the weights, their gradients and a Krylov basis: about eight copies of the weights, plus the
         # libraries themselves.

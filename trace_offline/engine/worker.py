@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,9 @@ from trace_offline.core.errors import CheckpointError, EvaluationSetError, NotAp
 from trace_offline.core.types import AnalysisStatus, Array, Artifact, Measurement, Outcome
 from trace_offline.engine.board import Reporter, reporter
 from trace_offline.engine.cache import UnitActivations
+from trace_offline.engine.devices import check_tf32, device_facts, open_device, resolve_device
 from trace_offline.engine.progress import name_of
+from trace_offline.engine.shared_pass import collect, once_more
 from trace_offline.engine.unit import AnalysisRequest, Unit, file_stamps
 
 _BAR = "/"
@@ -27,7 +28,10 @@ _OF_HIDDEN = frozenset({"hidden_states", "labels"})
 
 @dataclass
 class _Job:
-    """One analysis on its way: its analyzer, context, and how it ended if it already has."""
+    """One analysis on its way: its analyzer, context, and how it ended if it already has.
+
+    ``notes`` go to the summary of the run, ``remarks`` into the store with the analysis.
+    """
 
     request: AnalysisRequest
     analyzer: Any = None
@@ -35,6 +39,7 @@ class _Job:
     outcome: Outcome | None = None
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
 
 def run_unit(unit: Unit) -> list[Outcome]:
@@ -42,17 +47,20 @@ def run_unit(unit: Unit) -> list[Outcome]:
     jobs = [_Job(request) for request in unit.requests]
     device = unit.settings.device
     report = _listening[-1] if _listening else reporter(unit.settings.board)
+    versions = library_versions()
     try:
         limit_threads(unit.settings.threads)
         device = resolve_device(unit.settings.device)
-        _measure_all(unit, jobs, device, report)
+        check_tf32(unit.settings.dtype, device)
+        open_device(device)
+        versions = {**versions, **device_facts(device)}
+        _measure_all(unit, jobs, device, versions, report)
     except Exception as error:
         for job in jobs:
             if job.outcome is None:
                 job.outcome = ended(job.request.analysis_id, error, device)
     finally:
         report.rest()
-    versions = library_versions()
     return [_stamp(job, versions, device) for job in jobs]
 
 
@@ -69,25 +77,19 @@ def reporting(listener: Reporter) -> Iterator[None]:
         _listening.pop()
 
 
-def resolve_device(name: str) -> str:
-    """``auto`` → ``cuda`` when there is one, else ``cpu``."""
-    if name != "auto":
-        return name
-    # Importing torch takes a second or two; where no driver has made a device there is nothing to ask it.
-    if sys.platform == "linux" and not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
-        return "cpu"
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def limit_threads(threads: int) -> None:
-    """Let torch and the BLAS libraries use so many threads; the last digit of a sum can depend on it."""
+    """Let torch and the BLAS libraries use so many threads; the last digit of a sum can depend on it.
+
+    And let float32 be float32 on a GPU, too.
+    """
     import torch
     from threadpoolctl import threadpool_limits
 
+    from trace_offline.activations.precision import true_float32
+
     torch.set_num_threads(threads)
     threadpool_limits(threads)
+    true_float32()
 
 
 @functools.cache
@@ -117,7 +119,7 @@ def _model_cache() -> Any:
     return ModelCache()
 
 
-def _measure_all(unit: Unit, jobs: list[_Job], device: str, report: Reporter) -> None:
+def _measure_all(unit: Unit, jobs: list[_Job], device: str, versions: dict[str, str], report: Reporter) -> None:
     from trace_offline.analyzers.base import Context, Need
     from trace_offline.analyzers.registry import registry
     from trace_offline.checkpoints.loading import load_model
@@ -147,38 +149,49 @@ def _measure_all(unit: Unit, jobs: list[_Job], device: str, report: Reporter) ->
     jobs[0].notes = activations.notes
     model = activations.model(load, hidden_only=all(_needs(request) <= _OF_HIDDEN for request in unit.requests))
     texts = evaluation.originals()
-    collectors: dict[str, Any] = {}
-    for job in jobs:
-        started = time.perf_counter()
-        try:
-            kind = registry().get(job.request.analyzer)
-            job.analyzer = kind()
-            params = kind.Params.model_validate(dict(job.request.params))
-            heldout = _heldout(unit, model) if Need.HELDOUT in kind.needs else None
-            seen = evaluation if Need.PAIRS in kind.needs else texts
-            job.context = Context(model, seen, params, settings.seed, step=unit.checkpoint.step, heldout=heldout)
-            for name, collector in job.analyzer.collectors(job.context).items():
-                collectors[f"{job.request.analyzer}{_BAR}{name}"] = collector
-        except BaseException as error:
-            job.outcome = ended(job.request.analysis_id, error, device)
-        job.seconds += time.perf_counter() - started
 
-    collectors = {name: c for name, c in collectors.items() if not _over(jobs, name)}
-    report.tell(key, place, "forward pass", (job.request.analysis_id for job in jobs if job.outcome is None))
-    started = time.perf_counter()
-    of_pairs = {job.request.analyzer for job in jobs if job.context is not None and job.context.evaluation is not texts}
-    broken = _run_passes(activations, model, texts, evaluation, collectors, of_pairs) if collectors else {}
-    shared = (time.perf_counter() - started) / max(1, len({_owner(name) for name in collectors}))
-    for name, fault in broken.items():
+    def prepare() -> dict[str, Any]:
+        collectors: dict[str, Any] = {}
         for job in jobs:
+            if job.outcome is not None:
+                continue
+            started = time.perf_counter()
+            try:
+                kind = registry().get(job.request.analyzer)
+                job.analyzer = kind()
+                params = kind.Params.model_validate(dict(job.request.params))
+                heldout = _heldout(unit, model) if Need.HELDOUT in kind.needs else None
+                seen = evaluation if Need.PAIRS in kind.needs else texts
+                job.context = Context(model, seen, params, settings.seed, step=unit.checkpoint.step, heldout=heldout)
+                for name, collector in job.analyzer.collectors(job.context).items():
+                    collectors[f"{job.request.analyzer}{_BAR}{name}"] = collector
+            except BaseException as error:
+                job.outcome = ended(job.request.analysis_id, error, device)
+            job.seconds += time.perf_counter() - started
+        report.tell(key, place, "forward pass", (job.request.analysis_id for job in jobs if job.outcome is None))
+        return {name: each for name, each in collectors.items() if not _over(jobs, name)}
+
+    def run(collectors: Mapping[str, Any], rows_at_most: int | None) -> Mapping[str, BaseException]:
+        of_pairs = {job.request.analyzer for job in jobs if job.context and job.context.evaluation is not texts}
+        return _run_passes(activations, model, texts, evaluation, collectors, of_pairs, rows_at_most)
+
+    before, started = sum(job.seconds for job in jobs), time.perf_counter()
+    found = collect(prepare, run)
+    listening = {_owner(name) for name in found.collectors}
+    taken = time.perf_counter() - started - (sum(job.seconds for job in jobs) - before)
+    if found.remark is not None:
+        activations.notes.append(found.remark)
+    for job in jobs:
+        if found.remark is not None and job.request.analyzer in listening:
+            job.remarks.append(found.remark)
+        for name, fault in found.broken.items():
             if job.request.analyzer == _owner(name) and job.outcome is None:
                 job.outcome = ended(job.request.analysis_id, fault, device)
 
-    versions = library_versions()
     for job in jobs:
         if job.outcome is None:
             report.tell(key, place, job.request.analyzer, (job.request.analysis_id,))
-            _measure(job, collectors, shared, device)
+            _measure(job, found.collectors, taken / max(1, len(listening)), device)
             report.keep(_stamp(job, versions, device))
 
 
@@ -189,14 +202,15 @@ def _run_passes(
     evaluation: Any,
     collectors: Mapping[str, Any],
     of_pairs: set[str],
+    rows_at_most: int | None,
 ) -> Mapping[str, BaseException]:
     """All collectors see the texts, those of the analyzers ``of_pairs`` then the changed members of minimal pairs."""
     from trace_offline.activations.forward import run_pass
 
-    broken: dict[str, BaseException] = dict(activations.run_pass(model, texts, collectors))
+    broken: dict[str, BaseException] = dict(activations.run_pass(model, texts, collectors, rows_at_most))
     rest = {name: each for name, each in collectors.items() if _owner(name) in of_pairs and name not in broken}
     if rest and evaluation.n_examples > texts.n_examples:
-        broken |= run_pass(model, evaluation, rest, first_row=texts.n_examples)
+        broken |= run_pass(model, evaluation, rest, first_row=texts.n_examples, rows_at_most=rows_at_most)
     return broken
 
 
@@ -229,44 +243,49 @@ def _over(jobs: list[_Job], name: str) -> bool:
 
 def _measure(job: _Job, collectors: Mapping[str, Any], shared_seconds: float, device: str) -> None:
     started = time.perf_counter()
+    own = {n.split(_BAR, 1)[1]: c for n, c in collectors.items() if _owner(n) == job.request.analyzer}
     try:
-        own = {n.split(_BAR, 1)[1]: c for n, c in collectors.items() if _owner(n) == job.request.analyzer}
-        job.context.collected = {name: collector.finish() for name, collector in own.items()}
-        if job.request.extract_to is not None:
-            save_extract(job.analyzer.extract(job.context), Path(job.request.extract_to))
-            job.outcome = Outcome(job.request.analysis_id, AnalysisStatus.OK)
-            job.seconds += time.perf_counter() - started + (shared_seconds if own else 0.0)
-            return
-        measurements, arrays, artifacts = [], [], []
-        for item in job.analyzer.measure(job.context):
-            if isinstance(item, Measurement):
-                measurements.append(item)
-            elif isinstance(item, Array):
-                arrays.append(item)
-            elif isinstance(item, Artifact):
-                artifacts.append(item)
-            else:
-                raise TypeError(
-                    f"{job.request.analyzer} yielded {type(item).__name__}; expected Measurement, Array or Artifact"
-                )
-        if not measurements and not arrays:
-            raise NotApplicable(f"{job.request.analyzer} found nothing to measure in this evaluation set.")
-        job.seconds += time.perf_counter() - started + (shared_seconds if own else 0.0)
-        job.outcome = Outcome(
-            job.request.analysis_id,
-            AnalysisStatus.OK,
-            reasons(measurements),
-            measurements=tuple(measurements),
-            arrays=tuple(arrays),
-            artifacts=tuple(artifacts),
-        )
+        # What was collected is used up by a first attempt.
+        told = len(job.remarks)
+        job.outcome = once_more(lambda: _result(job, own), job.request.analyzer, job.remarks, repeatable=not own)
+        job.notes += job.remarks[told:]
+        job.seconds += shared_seconds if own else 0.0
     except BaseException as error:
-        job.seconds += time.perf_counter() - started
         job.outcome = ended(job.request.analysis_id, error, device)
     finally:
+        job.seconds += time.perf_counter() - started
         # The table of hidden states goes before the next analyzer measures.
         if job.context is not None:
             job.context.collected = {}
+
+
+def _result(job: _Job, own: Mapping[str, Any]) -> Outcome:
+    job.context.collected = {name: collector.finish() for name, collector in own.items()}
+    if job.request.extract_to is not None:
+        save_extract(job.analyzer.extract(job.context), Path(job.request.extract_to))
+        return Outcome(job.request.analysis_id, AnalysisStatus.OK)
+    measurements, arrays, artifacts = [], [], []
+    for item in job.analyzer.measure(job.context):
+        if isinstance(item, Measurement):
+            measurements.append(item)
+        elif isinstance(item, Array):
+            arrays.append(item)
+        elif isinstance(item, Artifact):
+            artifacts.append(item)
+        else:
+            raise TypeError(
+                f"{job.request.analyzer} yielded {type(item).__name__}; expected Measurement, Array or Artifact"
+            )
+    if not measurements and not arrays:
+        raise NotApplicable(f"{job.request.analyzer} found nothing to measure in this evaluation set.")
+    return Outcome(
+        job.request.analysis_id,
+        AnalysisStatus.OK,
+        reasons(measurements),
+        measurements=tuple(measurements),
+        arrays=tuple(arrays),
+        artifacts=tuple(artifacts),
+    )
 
 
 def save_extract(arrays: Mapping[str, Any], target: Path) -> None:
@@ -300,6 +319,10 @@ def ended(key: str, error: BaseException, device: str, seconds: float = 0.0) -> 
         raise error
     if isinstance(error, NotApplicable):
         return Outcome(key, AnalysisStatus.NOT_APPLICABLE, error.message, seconds, device)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; where it is raised, torch is loaded
+        from trace_offline.activations.batch_size import too_small
+
+        error = too_small("this checkpoint", error)
     if isinstance(error, TraceOfflineError):
         return Outcome(key, AnalysisStatus.FAILED, error.message, seconds, device)
     text = "".join(traceback.format_exception(error)[-4:]).strip()
@@ -314,7 +337,12 @@ def _stamp(job: _Job, versions: dict[str, str], device: str) -> Outcome:
     if outcome is None:
         outcome = Outcome(job.request.analysis_id, AnalysisStatus.FAILED, "the analysis ended without an outcome")
     detail = {**outcome.detail, "notes": job.notes} if job.notes else outcome.detail
-    return dataclasses.replace(outcome, versions=versions, seconds=job.seconds, device=device, detail=detail)
+    message = outcome.message
+    if job.remarks and outcome.status is AnalysisStatus.OK:
+        message = "; ".join([*job.remarks, *([message] if message else [])])
+    return dataclasses.replace(
+        outcome, message=message, versions=versions, seconds=job.seconds, device=device.split(":")[0], detail=detail
+    )
 
 
 def check_tokenizer_of(unit: Unit, evaluation: Any) -> None:
