@@ -91,7 +91,7 @@ def choose_words(
     for task in tasks:
         spans = evaluation.spans(task)
         keep = sample_groups(evaluation.group, evaluation.group[spans.row], max_words, seed)
-        span = np.stack([spans.row, spans.start, spans.end], axis=1)[keep]
+        span = np.stack([spans.row[keep], spans.start[keep], spans.end[keep]], axis=1)
         chosen.append((task, spans.classes, span, spans.label[keep]))
     every = np.concatenate([item[2] for item in chosen])
     if view == "sentence":

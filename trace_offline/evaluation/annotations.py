@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 ANNOTATIONS = "annotations.parquet"
 BATCHES = "batches.safetensors"
+
+_COLUMNS = ("example", "task", "start", "end", "label")
+_PIECE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Annotations:
 
     def ordered(self) -> Annotations:
         """Sorted by row, start, end, task, label: the order that is written and hashed."""
-        order = np.lexsort((self.label.astype(str), self.task.astype(str), self.end, self.start, self.row))
+        order = np.lexsort((ranks(self.label), ranks(self.task), self.end, self.start, self.row))
         return Annotations(self.row[order], self.task[order], self.start[order], self.end[order], self.label[order])
 
     def where(self, wanted: npt.NDArray[np.bool_]) -> Annotations:
@@ -84,11 +88,18 @@ class Alternatives:
         return np.stack([self.row, self.position, self.token], axis=1)
 
 
+def ranks(texts: npt.NDArray[np.object_]) -> npt.NDArray[np.int32]:
+    """Place of each text ``[M]`` among the distinct ones in the order of their characters."""
+    place = {text: number for number, text in enumerate(sorted(set(texts.tolist())))}
+    return np.fromiter((place[text] for text in texts), np.int32, len(texts))
+
+
 def read_annotations(folder: Path, example: npt.NDArray[np.int64], task: str | None = None) -> Annotations:
     """Annotations of one task (or all), with ``example`` numbers turned into rows.
 
-    ``example [N]``: the number of each row. Raises EvaluationSetError when the file is missing, damaged or refers to an
-    example that is not there.
+    ``example [N]``: the number of each row. Read in pieces, each text of a piece held once however often it occurs: a
+    large set has millions of annotations and a handful of labels. Raises EvaluationSetError when the file is missing,
+    damaged or refers to an example that is not there.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -97,48 +108,69 @@ def read_annotations(folder: Path, example: npt.NDArray[np.int64], task: str | N
     if not path.exists():
         raise EvaluationSetError(f"{path}: missing. Build the evaluation set anew.")
     try:
-        # Read whole and filtered in numpy: filters, like most of pyarrow, would import pandas, which takes a second.
+        # Filtered in numpy: filters, like most of pyarrow, would import pandas, which takes a second.
         with pq.ParquetFile(path) as file:
-            table = file.read()
+            missing = [name for name in _COLUMNS if name not in file.schema_arrow.names]
+        if missing:
+            raise EvaluationSetError(
+                f"{path}: expected the columns {', '.join(_COLUMNS)}; {', '.join(missing)} not found. Build the "
+                "evaluation set anew."
+            )
+        order = np.argsort(example, kind="stable")
+        with pq.ParquetFile(path, read_dictionary=["task", "label"]) as file:
+            piece = partial(_piece, path=path, sorted_example=example[order], order=order, task=task)
+            parts = [piece(batch) for batch in file.iter_batches(_PIECE, columns=list(_COLUMNS))]
     except (pa.ArrowException, OSError) as error:
         raise EvaluationSetError(f"{path}: damaged or incomplete ({error}). Build the evaluation set anew.") from error
-    wanted = ("example", "task", "start", "end", "label")
-    missing = [name for name in wanted if name not in table.column_names]
-    if missing:
-        raise EvaluationSetError(
-            f"{path}: expected the columns {', '.join(wanted)}; {', '.join(missing)} not found. Build the evaluation "
-            "set anew."
-        )
-    for name in wanted:
-        if table[name].null_count:
-            raise EvaluationSetError(f"{path}: column {name} has {table[name].null_count} missing values.")
-    numbers = _integers(table, "example", path)
-    order = np.argsort(example, kind="stable")
-    place = np.minimum(np.searchsorted(example[order], numbers), len(example) - 1)
-    row = order[place]
-    unknown = np.flatnonzero(example[row] != numbers)
+    if not parts:
+        return Annotations.from_tuples([])
+    fields = ("row", "task", "start", "end", "label")
+    return Annotations(*(np.concatenate([getattr(part, name) for part in parts]) for name in fields))
+
+
+def _piece(
+    batch: pa.RecordBatch,
+    path: Path,
+    sorted_example: npt.NDArray[np.int64],
+    order: npt.NDArray[np.int64],
+    task: str | None,
+) -> Annotations:
+    for name in _COLUMNS:
+        if batch.column(name).null_count:
+            raise EvaluationSetError(f"{path}: column {name} has {batch.column(name).null_count} missing values.")
+    numbers = _integers(batch, "example", path)
+    place = np.minimum(np.searchsorted(sorted_example, numbers), len(order) - 1)
+    unknown = np.flatnonzero(sorted_example[place] != numbers)
     if len(unknown):
         raise EvaluationSetError(f"{path}: refers to example {numbers[unknown[0]]}, which {BATCHES} does not have.")
     found = Annotations(
-        row,
-        _strings(table, "task", path),
-        _integers(table, "start", path),
-        _integers(table, "end", path),
-        _strings(table, "label", path),
+        order[place],
+        _strings(batch, "task", path),
+        _integers(batch, "start", path),
+        _integers(batch, "end", path),
+        _strings(batch, "label", path),
     )
     return found if task is None else found.where(found.task == task)
 
 
-def _integers(table: pa.Table, name: str, path: Path) -> npt.NDArray[np.int64]:
+def _integers(batch: pa.RecordBatch, name: str, path: Path) -> npt.NDArray[np.int64]:
     import pyarrow as pa
 
-    if not pa.types.is_integer(table.schema.field(name).type):
-        raise EvaluationSetError(f"{path}: column {name} must hold whole numbers, not {table.schema.field(name).type}.")
-    return np.array(np.from_dlpack(table[name].combine_chunks()), dtype=np.int64)
+    column = batch.column(name)
+    if not pa.types.is_integer(column.type):
+        raise EvaluationSetError(f"{path}: column {name} must hold whole numbers, not {column.type}.")
+    return np.array(np.from_dlpack(column), dtype=np.int64)
 
 
-def _strings(table: pa.Table, name: str, path: Path) -> npt.NDArray[np.object_]:
-    values = np.asarray(table[name].to_pylist(), dtype=object)
-    if not all(isinstance(value, str) for value in values):
-        raise EvaluationSetError(f"{path}: column {name} must hold text, not {table.schema.field(name).type}.")
-    return values
+def _strings(batch: pa.RecordBatch, name: str, path: Path) -> npt.NDArray[np.object_]:
+    import pyarrow as pa
+
+    column = batch.column(name)
+    listed = pa.types.is_dictionary(column.type)
+    texts = (column.dictionary if listed else column).to_pylist()
+    if not all(isinstance(text, str) for text in texts):
+        kind = column.type.value_type if listed else column.type
+        raise EvaluationSetError(f"{path}: column {name} must hold text, not {kind}.")
+    values = np.empty(len(texts), dtype=object)
+    values[:] = texts
+    return values[np.from_dlpack(column.indices)] if listed else values

@@ -40,6 +40,9 @@ DESCRIPTION = "evaluation_set.json"
 _CHUNK = 1 << 20
 """Tokens looked at together while checking and hashing, so that memory does not grow with the set."""
 
+_TEXTS = 1 << 16
+"""Labels hashed together."""
+
 
 @dataclass(frozen=True)
 class Description:
@@ -118,8 +121,17 @@ class ContentHash:
         for numbers in (ordered.row, ordered.start, ordered.end):
             state.update(np.ascontiguousarray(numbers, dtype="<i8").data)
         for texts in (ordered.task, ordered.label):
-            state.update(canonical_json(texts.tolist()).encode())
+            _update_texts(state, texts)
         return state.hexdigest()
+
+
+def _update_texts(state: hashlib.blake2b, texts: npt.NDArray[np.object_]) -> None:
+    """The bytes of ``canonical_json`` of the list, in pieces: the text of millions of annotations is never whole."""
+    state.update(b"[")
+    for start in range(0, len(texts), _TEXTS):
+        piece = canonical_json(texts[start : start + _TEXTS].tolist())[1:-1]
+        state.update((b"," if start else b"") + piece.encode())
+    state.update(b"]")
 
 
 def write(folder: Path, contents: Contents, description: Description) -> str:

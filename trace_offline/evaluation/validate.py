@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trace_offline.core.errors import EvaluationSetError
+from trace_offline.evaluation.annotations import ranks
 
 IGNORED = -100
 """Label of a position that does not count."""
@@ -53,8 +54,8 @@ def check_rows(
     where: str,
     first_row: int = 0,
 ) -> None:
-    """``[B, T]`` slices starting at row ``first_row``: ids ≥ 0, mask 0 or 1, something attended in each row, labels
-    ≥ 0 or −100.
+    """``[B, T]`` slices starting at row ``first_row``: ids ≥ 0, mask 0 or 1, something attended in each row and no
+    padding before it, labels ≥ 0 or −100.
 
     Raises EvaluationSetError naming the file, the first bad row and what was expected.
     """
@@ -76,6 +77,14 @@ def check_rows(
     if len(empty):
         raise EvaluationSetError(
             f"{where}: row {first_row + empty[0]} has no token (its attention_mask is 0 everywhere); leave it out."
+        )
+    # Networks count positions from the first column: behind padding they would be given the wrong ones.
+    late = np.argwhere((attention_mask[:, :-1] == 0) & (attention_mask[:, 1:] != 0))
+    if len(late):
+        row, position = late[0]
+        raise EvaluationSetError(
+            f"{where}: row {first_row + row} has a token at position {position + 1}, after padding at {position}; "
+            "positions would be counted wrongly. Put each text at the start of its row and pad on the right."
         )
     if labels is not None:
         bad = np.argwhere((labels < 0) & (labels != IGNORED))
@@ -162,19 +171,27 @@ def check_spans(spans: SpanTable, n_rows: int, n_positions: int, where: str, mul
     bad = np.flatnonzero((start < 0) | (end > n_positions))
     if len(bad):
         refuse(bad[0], f"it leaves the row; the positions are 0 to {n_positions - 1} (end is exclusive).")
-    seen: set[tuple[object, ...]] = set()
-    for index, (name, label) in enumerate(zip(task.tolist(), spans.label.tolist(), strict=True)):
-        several = name in multi_label
-        key = (row[index], name, start[index], end[index], label if several else None)
-        if key in seen:
-            refuse(
-                index,
-                "these tokens already have this label; keep one."
-                if several
-                else "these tokens already have a label for this task; keep one, give them two tasks, or name the task "
-                "in multi_label.",
-            )
-        seen.add(key)
+    again = _first_repeated(spans, multi_label)
+    if again is not None:
+        refuse(
+            again,
+            "these tokens already have this label; keep one."
+            if task[again] in multi_label
+            else "these tokens already have a label for this task; keep one, give them two tasks, or name the task "
+            "in multi_label.",
+        )
+
+
+def _first_repeated(spans: SpanTable, multi_label: Collection[str]) -> int | None:
+    """The first annotation that says what an earlier one says already; None when there is none."""
+    several = np.fromiter((name in multi_label for name in spans.task), np.bool_, len(spans.task))
+    keys = (np.where(several, ranks(spans.label), -1), spans.end, spans.start, ranks(spans.task), spans.row)
+    # stable: of equal ones the first comes first
+    order = np.lexsort(keys)
+    same = np.ones(max(0, len(order) - 1), dtype=np.bool_)
+    for key in keys:
+        same &= key[order[1:]] == key[order[:-1]]
+    return int(order[1:][same].min()) if same.any() else None
 
 
 def check_spans_attended(
