@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from trace_offline.activations.batch import IGNORED, Collector, ForwardBatch
 from trace_offline.activations.batch_size import PassOutOfMemory, PassShape, attention_heads, rows_that_fit, too_small
-from trace_offline.activations.memory import free_memory
+from trace_offline.activations.memory import free_memory, ran_out
 from trace_offline.activations.model import ModelView, logits_of
 from trace_offline.activations.precision import products
 from trace_offline.core.errors import CheckpointError, EvaluationSetError, NotApplicable
@@ -125,7 +125,12 @@ def run_pass(
     rows = n_rows or 1
     obstacles: tuple[str | None, str | None] = (None, None)
     if n_rows and any(item.needs_hidden or item.needs_logits for item in active.values()):
-        anatomy = examine(model, evaluation)
+        try:
+            anatomy = examine(model, evaluation)
+        except RuntimeError as full:
+            if not ran_out(full):
+                raise
+            raise too_small("one sequence", full) from None
         rows = anatomy.rows_per_batch(evaluation.max_length, model.n_layers or 0, batch_tokens, memory_floats)
         free = free_memory(torch.device(model.device)).device
         if free is not None:
@@ -148,12 +153,14 @@ def run_pass(
         stop = min(start + rows, n_rows)
         try:
             batch = _forward(model, evaluation, start, stop, list(active.values()))
-        except torch.OutOfMemoryError as full:
+        except RuntimeError as full:
+            if not ran_out(full):
+                raise
             if again:
                 raise PassOutOfMemory(rows) from None
             raise too_small(f"the forward pass of {stop - start} sequences", full) from None
         for name, error in hand_out(batch, active):
-            if isinstance(error, torch.OutOfMemoryError):
+            if ran_out(error):
                 if again:
                     raise PassOutOfMemory(rows)
                 error = too_small(f"what is collected of {stop - start} sequences", error)
@@ -165,7 +172,8 @@ def run_pass(
 
 
 def _shape(model: ModelView, anatomy: Anatomy, evaluation: TokenSource) -> PassShape:
-    width = anatomy.width or 1
+    # Where blocks are not known, the widest matrix is a guess on the safe side.
+    width = anatomy.width or max((p.shape[-1] for p in model.module.parameters() if p.dim() > 1), default=1)
     return PassShape(
         layers=model.n_layers or 0,
         width=width,

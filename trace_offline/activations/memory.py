@@ -46,6 +46,16 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
+_FULL = ("CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+
+
+def ran_out(error: BaseException) -> bool:
+    """Did a GPU run out of memory? PyTorch's allocator has an error of its own, CUDA and its libraries have texts."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _FULL)
+
+
 def release() -> None:
     """Give back what nobody uses any more, after a device ran out of memory."""
     gc.collect()  # graphs and tracebacks hold each other

@@ -22,8 +22,8 @@ Config = Annotated[Path | None, typer.Option(help="A TOML file with the same nam
 RunName = Annotated[str | None, typer.Option(help="Name of the run in the store. Default: the folder's name.")]
 Revisions = Annotated[str | None, typer.Option(help="Revisions of a hub repository, e.g. 'step*'.")]
 Steps = Annotated[str | None, typer.Option(help="Only these steps, e.g. 0,512,1000-5000.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Jobs = Annotated[int | None, typer.Option(help="Worker processes. Default: what cores and memory allow.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or cuda:N,M; one worker a GPU.")]
+Jobs = Annotated[int | None, typer.Option(help="Worker processes. Default: one a GPU, or as cores and memory allow.")]
 Executor = Annotated[str | None, typer.Option(help="inline, joblib or dask. Default: joblib, or inline for one job.")]
 Timeout = Annotated[
     float | None, typer.Option(metavar="SECONDS", help="Give up an analysis that takes longer; the rest goes on.")
@@ -36,7 +36,7 @@ Cache = Annotated[
 CacheSize = Annotated[
     str | None, typer.Option(metavar="SIZE", help="The most the cache may hold, 20GB by default; alone: --cache auto.")
 ]
-Dtype = Annotated[str | None, typer.Option(help="float32, float64, bfloat16 or float16.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, tf32 (GPUs only), float64, bfloat16 or float16.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random choice; the same for all steps.")]
 ModelFactory = Annotated[
     str | None, typer.Option(metavar="PACKAGE.MODULE:FUNCTION", help="Makes the model from raw weights.")

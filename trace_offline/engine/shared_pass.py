@@ -63,21 +63,23 @@ def once_more(work: Callable[[], T], name: str, remarks: list[str], *, repeatabl
 
     ``repeatable`` False: the work uses up what it was given and cannot be repeated. Raises DeviceMemoryError.
     """
-    import torch
-
     from trace_offline.activations.batch_size import ADVICE, too_small
-    from trace_offline.activations.memory import halved, release
+    from trace_offline.activations.memory import halved, ran_out, release
 
     try:
         return work()
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
         if not repeatable:
             raise too_small(name, error, ADVICE) from None
     release()
     with halved() as mark:
         try:
             result = work()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
             tried = "with half as much at once" if mark.asked else "with all other memory given back"
             raise too_small(f"{name}, also {tried}", error, OWN_PASSES if mark.asked else ADVICE) from None
     how = "half as much at once" if mark.asked else "all other memory given back"

@@ -319,10 +319,11 @@ def ended(key: str, error: BaseException, device: str, seconds: float = 0.0) -> 
         raise error
     if isinstance(error, NotApplicable):
         return Outcome(key, AnalysisStatus.NOT_APPLICABLE, error.message, seconds, device)
-    if type(error).__name__ == "OutOfMemoryError":  # torch's; where it is raised, torch is loaded
+    if isinstance(error, RuntimeError):
         from trace_offline.activations.batch_size import too_small
+        from trace_offline.activations.memory import ran_out
 
-        error = too_small("this checkpoint", error)
+        error = too_small("this checkpoint", error) if ran_out(error) else error
     if isinstance(error, TraceOfflineError):
         return Outcome(key, AnalysisStatus.FAILED, error.message, seconds, device)
     text = "".join(traceback.format_exception(error)[-4:]).strip()
