@@ -36,9 +36,7 @@ def page() -> str:
         if not rows:
             continue
         parts.append(f"\n## {path.stem.replace('_', ' ')}\n\n{rows[0]['device']}, {rows[0]['date']}.\n")
-        parts.append(
-            "| case | ours | unit | goal | peer | peer's | floor | ratio |\n|---|---|---|---|---|---|---|---|"
-        )
+        parts.append("| case | ours | unit | goal | peer | peer's | floor | ratio |\n|---|---|---|---|---|---|---|---|")
         for row in rows:
             cells = [row["case"].replace("|", "\\|"), number(float(row["ours"])), row["unit"], goal(row)]
             cells += [row["peer_name"] or "", number(row["peer"]), number(row["floor"]), number(row["ratio"])]
