@@ -23,7 +23,7 @@ OWN_PASSES = (
 class Collected:
     """``collectors`` after the pass, those that broke with their errors, and what the user should know of it."""
 
-    collectors: Mapping[str, Any]
+    collectors: dict[str, Any]
     broken: Mapping[str, BaseException] = field(default_factory=dict)
     remark: str | None = None
 

@@ -241,9 +241,10 @@ def _over(jobs: list[_Job], name: str) -> bool:
     return any(job.request.analyzer == _owner(name) and job.outcome is not None for job in jobs)
 
 
-def _measure(job: _Job, collectors: Mapping[str, Any], shared_seconds: float, device: str) -> None:
+def _measure(job: _Job, collectors: dict[str, Any], shared_seconds: float, device: str) -> None:
+    """Its own collectors are taken out, so that what they hold is gone before the next analyzer measures."""
     started = time.perf_counter()
-    own = {n.split(_BAR, 1)[1]: c for n, c in collectors.items() if _owner(n) == job.request.analyzer}
+    own = {n.split(_BAR, 1)[1]: collectors.pop(n) for n in list(collectors) if _owner(n) == job.request.analyzer}
     try:
         # What was collected is used up by a first attempt.
         told = len(job.remarks)
