@@ -267,16 +267,17 @@ class Execution:
             self.writer.unplan(requests)
             self.progress.note(f"{name_of(checkpoint)} was removed by the training before it could be read")
             return
-        for outcome in outcomes:
-            request = requests[outcome.analysis_id]
-            self.costs.observe(_cost_name(request), outcome.seconds)
-            self.summary.warnings += [f"{name_of(checkpoint)}: {text}" for text in outcome.detail.get("notes", ())]
-            if request.extract_to is not None:
-                self.series.extracted(request, outcome)
-                names[outcome.analysis_id] = f"{request.analyzer} (extract)"
-                continue
-            self.writer.record(outcome, self._identities[outcome.analysis_id])
-            self.summary.count(checkpoint, request.analyzer, outcome)
+        with self.writer.together():
+            for outcome in outcomes:
+                request = requests[outcome.analysis_id]
+                self.costs.observe(_cost_name(request), outcome.seconds)
+                self.summary.warnings += [f"{name_of(checkpoint)}: {text}" for text in outcome.detail.get("notes", ())]
+                if request.extract_to is not None:
+                    self.series.extracted(request, outcome)
+                    names[outcome.analysis_id] = f"{request.analyzer} (extract)"
+                    continue
+                self.writer.record(outcome, self._identities[outcome.analysis_id])
+                self.summary.count(checkpoint, request.analyzer, outcome)
         self.workers.board.forget(requests)
         self._tell(checkpoint, outcomes, names)
 

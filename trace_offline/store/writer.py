@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +34,7 @@ class Writer:
     def __init__(self, path: Path, lock: filelock.FileLock) -> None:
         self.path = path
         self._lock = lock
+        self._held: duckdb.DuckDBPyConnection | None = None
 
     @classmethod
     def open(cls, path: Path, *, create: bool = True) -> Writer:
@@ -117,10 +118,26 @@ class Writer:
                 con.execute("update meta set value = ? where key = 'schema_version'", [str(version)])
 
     @contextmanager
+    def together(self) -> Iterator[None]:
+        """The transactions inside share one opening of the file; each is committed by itself.
+
+        To open and close it costs more than to store an analysis. Nobody else can read meanwhile: keep it short.
+        """
+        try:
+            with connection(self.path, read_only=False) as con:
+                self._held = con
+                try:
+                    yield
+                finally:
+                    self._held = None
+        except duckdb.Error as error:
+            raise StoreError(write_failure(self.path, error)) from error
+
+    @contextmanager
     def transaction(self) -> Iterator[duckdb.DuckDBPyConnection]:
         """One transaction; rolled back when the body raises. DuckDB errors become StoreError."""
         try:
-            with connection(self.path, read_only=False) as con:
+            with nullcontext(self._held) if self._held else connection(self.path, read_only=False) as con:
                 con.begin()
                 try:
                     yield con
@@ -300,7 +317,7 @@ class Writer:
 
     def read(self, sql: str, values: list[Any] | None = None) -> list[tuple[Any, ...]]:
         """Rows of a query on the store, through a short read-only connection."""
-        with connection(self.path, read_only=True) as con:
+        with nullcontext(self._held) if self._held else connection(self.path, read_only=True) as con:
             return con.execute(sql, values or []).fetchall()
 
 
