@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,6 +52,15 @@ class Hub:
     sent: Counter[str] = field(default_factory=Counter)
     downloads: list[tuple[str, str]] = field(default_factory=list)
     endpoint: str = ""
+    times: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
+    """(commit, file) → when the body was begun and when it was sent (``time.monotonic``)."""
+    portion: int = 1 << 20
+    pause: float = 0.0
+    """Seconds between two portions of a body."""
+    refuse: Counter[str] = field(default_factory=Counter)
+    """Commit → how many bodies of its weights are still refused with an error of the server."""
+    silent: bool = False
+    """Whether sizes are kept from listings."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def forget(self) -> None:
@@ -81,6 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
+        self.sizes = "blobs=" in urlsplit(self.path).query and not self.hub.silent
         with self.hub.lock:
             self.hub.requests.append(f"{self.command} {path}")
         if found := _API.fullmatch(path):
@@ -109,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
         files = repository.commits[sha]
         if what == "tree":
             return self._json([_tree_entry(path, data) for path, data in files.items()], body=body)
-        siblings = [{"rfilename": path} for path in files]
+        siblings = [_sibling(path, data, sizes=self.sizes) for path, data in files.items()]
         return self._json({"id": name, "modelId": name, "sha": sha, "siblings": siblings, "tags": []}, body=body)
 
     def _file(self, name: str, revision: str, path: str, *, body: bool) -> None:
@@ -122,10 +133,20 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse("EntryNotFound", body=body)
         if body:
             with self.hub.lock:
-                self.hub.sent[path] += len(data)
-                self.hub.downloads.append((sha, path))
+                refused = path.endswith(_LARGE) and self.hub.refuse[sha] > 0
+                if refused:
+                    self.hub.refuse[sha] -= 1
+                else:
+                    self.hub.sent[path] += len(data)
+                    self.hub.downloads.append((sha, path))
+            if refused:
+                return self._send(403, b"not now", {}, body=True)
+        begun = time.monotonic()
         headers = {"ETag": f'"{_etag(path, data)}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
-        return self._send(200, data, headers, body=body)
+        self._send(200, data, headers, body=body)
+        if body:
+            self.hub.times[sha, path] = (begun, time.monotonic())
+        return None
 
     def _json(self, value: object, *, body: bool) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"}, body=body)
@@ -139,14 +160,30 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(data))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if body:
-            self.wfile.write(data)
+        if not body:
+            return
+        try:
+            for start in range(0, len(data), self.hub.portion):
+                self.wfile.write(data[start : start + self.hub.portion])
+                if self.hub.pause and len(data) > self.hub.portion:
+                    time.sleep(self.hub.pause)
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True  # the client was killed or does not want it any more
 
 
 def _etag(path: str, data: bytes) -> str:
     if path.endswith(_LARGE):
         return hashlib.sha256(data).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _sibling(path: str, data: bytes, *, sizes: bool) -> dict[str, object]:
+    entry: dict[str, object] = {"rfilename": path}
+    if sizes:
+        entry |= {"size": len(data), "blobId": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()}
+        if path.endswith(_LARGE):
+            entry["lfs"] = {"sha256": _etag(path, data), "size": len(data), "pointerSize": 134}
+    return entry
 
 
 def _tree_entry(path: str, data: bytes) -> dict[str, object]:

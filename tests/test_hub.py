@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 from checkpoint_files import hf_folder
 from hub_server import Hub, Repository, files_of, serve
 
-from trace_offline.checkpoints import hub
+from trace_offline.checkpoints import hub, hub_download
 from trace_offline.checkpoints.discover import discover, select
 from trace_offline.checkpoints.fingerprint import fingerprint
 from trace_offline.core.errors import CheckpointError
@@ -72,32 +71,6 @@ def test_fetch_takes_what_is_needed_and_nothing_twice(pythia: Hub, tmp_path: Pat
     hub.fetch(found[2], endpoint=pythia.endpoint, cache_dir=cache)
     # config.json and tokenizer.json are the same in both revisions: only the weights travel.
     assert [name for _, name in pythia.downloads] == ["model.safetensors"]
-
-
-def test_prefetching_keeps_one_ahead(pythia: Hub, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    found = listing(pythia, cache)
-    seen = []
-    for number, (asked, got) in enumerate(hub.prefetching(found, endpoint=pythia.endpoint, cache_dir=cache), start=1):
-        assert isinstance(got, Checkpoint)
-        assert asked.location == got.location
-        weights = [name for _, name in pythia.downloads if name == "model.safetensors"]
-        assert number <= len(weights) <= number + 1
-        seen.append(got.step)
-    assert seen == [0, 512, 1000, 143000]
-    assert len({sha for sha, name in pythia.downloads if name == "model.safetensors"}) == 4
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("hub-prefetch")]
-    for _ in hub.prefetching(found, endpoint=NOWHERE, cache_dir=cache):
-        break  # leaving early ends the thread
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("hub-prefetch")]
-
-
-def test_one_lost_revision_leaves_the_others(pythia: Hub, tmp_path: Path) -> None:
-    found = listing(pythia, tmp_path / "cache")
-    del pythia.repositories["EleutherAI/pythia-tiny"].commits[str(found[1].revision)]
-    got = [outcome for _, outcome in hub.prefetching(found, endpoint=pythia.endpoint, cache_dir=tmp_path / "cache")]
-    assert [isinstance(item, CheckpointError) for item in got] == [False, True, False, False]
-    assert "no such revision" in str(got[1])
 
 
 def test_offline_when_cached(pythia: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,20 +140,20 @@ def test_same_commit_under_two_steps_is_a_duplicate(tmp_path: Path) -> None:
 
 def test_weights_chosen(tmp_path: Path) -> None:
     shards = {f"model-0000{i}-of-00002.safetensors": b"" for i in (1, 2)}
-    assert hub._needed("r", ["config.json", *shards, "model.safetensors.index.json", "pytorch_model.bin"]) == [
+    assert hub_download.needed("r", ["config.json", *shards, "model.safetensors.index.json", "pytorch_model.bin"]) == [
         "config.json",
         *shards,
         "model.safetensors.index.json",
     ]
-    assert hub._needed("r", ["config.json", "pytorch_model.bin", "vocab.txt"]) == [
+    assert hub_download.needed("r", ["config.json", "pytorch_model.bin", "vocab.txt"]) == [
         "config.json",
         "pytorch_model.bin",
         "vocab.txt",
     ]
     with pytest.raises(CheckpointError, match="PEFT adapter only"):
-        hub._needed("r", ["adapter_model.safetensors", "adapter_config.json"])
+        hub_download.needed("r", ["adapter_model.safetensors", "adapter_config.json"])
     with pytest.raises(CheckpointError, match=r"found README\.md"):
-        hub._needed("r", ["README.md"])
+        hub_download.needed("r", ["README.md"])
 
 
 def test_damaged_download_is_not_used(tmp_path: Path) -> None:

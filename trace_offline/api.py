@@ -29,7 +29,8 @@ def analyze(
     ``analyzers``: names (default: the five built in); ``params``: analyzer → parameter → value; ``steps``: as on the
     command line ("0,512,1000-5000"); ``options``: run, revisions, device, jobs, dtype, seed, model_factory, blocks,
     tokenizer, trust_remote_code, force, cache ("auto" or a folder: keep hidden states for reruns), cache_size ("20GB"),
-    executor, timeout, heldout_set (a second evaluation set, of text held out of training, for the
+    hub_disk_limit ("50GB": the most that downloads from the hub may take), remove_downloads (after use), executor,
+    timeout, heldout_set (a second evaluation set, of text held out of training, for the
     analyzers that compare the two). Returns how it ended. Raises TraceOfflineError for unusable input.
     """
     from trace_offline.engine.analyze import analyze as run
@@ -59,8 +60,8 @@ def rerun(
 ) -> list[Summary]:
     """Run one analyzer again over a whole history, changing single parameters; nothing else is touched.
 
-    ``options``: run, force, source, evaluation_set, heldout_set, device, jobs, cache, cache_size. Returns one summary
-    for each run of the store.
+    ``options``: run, force, source, evaluation_set, heldout_set, device, jobs, cache, cache_size, hub_disk_limit,
+    remove_downloads. Returns one summary for each run of the store.
     """
     from trace_offline.engine.progress import Silent, default_progress
     from trace_offline.engine.rerun import rerun as again

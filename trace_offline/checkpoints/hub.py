@@ -1,4 +1,4 @@
-"""Checkpoints on the Hugging Face hub: list the revisions of a repository, fetch one at a time, one ahead.
+"""Checkpoints on the Hugging Face hub: list the revisions of a repository, fetch one at a time.
 
 A listing downloads nothing. A fetched revision lies in the ordinary hub cache and is found there again, offline too.
 """
@@ -8,11 +8,9 @@ from __future__ import annotations
 import fnmatch
 import re
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from trace_offline.checkpoints.completeness import Clock
 from trace_offline.checkpoints.hub_access import (
@@ -22,11 +20,11 @@ from trace_offline.checkpoints.hub_access import (
     explained,
     hub_errors,
     offline,
-    quiet_bar,
     remember_ref,
     repository_folder,
     unreachable,
 )
+from trace_offline.checkpoints.hub_download import Download, plan_download
 from trace_offline.checkpoints.layouts import hub_cache
 from trace_offline.checkpoints.layouts.base import Search
 from trace_offline.checkpoints.naming import ParsedName, natural_key, parse_name
@@ -35,12 +33,6 @@ from trace_offline.core.types import Checkpoint, CheckpointState
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SOURCE = re.compile(r"hf://(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^@\s]+))?/?")
-_SINGLE = ("model.safetensors", "pytorch_model.bin")
-_SHARDS = (
-    re.compile(r"model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json"),
-    re.compile(r"pytorch_model-\d{5}-of-\d{5}\.bin|pytorch_model\.bin\.index\.json"),
-)
-_BESIDES = (".json", ".txt", ".model", ".jinja")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +88,16 @@ def fetch(
     endpoint: str | None = None,
     token: str | None = None,
     local_files_only: bool = False,
+    before: Callable[[Download], None] | None = None,
+    during: Callable[[], None] | None = None,
 ) -> Checkpoint:
     """One revision on this disk: configuration, weights (safetensors, else .bin) and tokenizer. Nothing twice.
 
     The result keeps location, layout and step and has ``weight_files``, ``config`` and ``tokenizer``. A checkpoint that
-    is not on the hub is returned as it is. Raises CheckpointError when it cannot be had or arrives incomplete.
+    is not on the hub is returned as it is. ``before``: told what will be downloaded before anything is, if anything
+    must be; ``during``: called again and again while it is, from several threads. Either may raise to prevent it.
+
+    Raises CheckpointError when it cannot be had or arrives incomplete.
     """
     if checkpoint.layout != "hub":
         return checkpoint
@@ -112,8 +109,19 @@ def fetch(
     ready = local is not None and local.state is CheckpointState.COMPLETE
     if not ready or (local is not None and local.tokenizer is None and not no_asking):
         try:
-            _download(repo, commit, cache_dir, endpoint, token, local_files_only=no_asking)
+            if no_asking:
+                raise CheckpointError(
+                    f"hf://{repo}@{commit[:12]} is not complete in the cache {cache_root(cache_dir)} and the hub may "
+                    "not be asked (offline): connect and run again."
+                )
+            download = plan_download(repo, ref, commit, folder, endpoint, token)
+            if before is not None:
+                before(download)
+            download.run(endpoint, token, during)
             local = _on_disk(folder, commit)
+        except CheckpointError:
+            if not ready:
+                raise
         except (*unreachable(), *hub_errors()) as error:
             if (
                 not ready
@@ -133,38 +141,11 @@ def fetch(
     )
 
 
-def prefetching(
-    checkpoints: Iterable[Checkpoint], **how: Any
-) -> Iterator[tuple[Checkpoint, Checkpoint | CheckpointError]]:
-    """Each checkpoint with its fetched self, or the error why it cannot be had; the next one downloads meanwhile.
-
-    ``how``: arguments of ``fetch``. Exactly one revision is ahead of the consumer, so the disk never fills with what
-    nobody has looked at yet.
-    """
-    waiting = iter(checkpoints)
-    pool = ThreadPoolExecutor(1, thread_name_prefix="hub-prefetch")
-    try:
-        ahead = _submit(pool, waiting, how)
-        while ahead is not None:
-            item, future = ahead
-            # Wait before asking for the next: downloads never compete for the line.
-            error = future.exception()
-            ahead = _submit(pool, waiting, how)
-            if error is None:
-                yield item, future.result()
-            elif isinstance(error, CheckpointError):
-                yield item, error
-            else:
-                raise error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _submit(
-    pool: ThreadPoolExecutor, waiting: Iterator[Checkpoint], how: dict[str, Any]
-) -> tuple[Checkpoint, Future[Checkpoint]] | None:
-    item = next(waiting, None)
-    return None if item is None else (item, pool.submit(fetch, item, **how))
+def is_on_disk(checkpoint: Checkpoint, cache_dir: Path | str | None = None) -> bool:
+    """Whether ``fetch`` would have nothing to download for this revision's weights."""
+    repo, ref = parse_source(checkpoint.location)
+    local = _on_disk(repository_folder(repo, cache_dir), checkpoint.revision or ref or "main")
+    return local is not None and local.state is CheckpointState.COMPLETE
 
 
 def parse_source(source: str) -> tuple[str, str | None]:
@@ -307,50 +288,3 @@ def _on_disk(folder: Path, commit: str) -> Checkpoint | None:
         return None
     found = hub_cache.finds(folder, Search(folder, Clock(time.time())), only=commit)
     return found[0].checkpoint if found else None
-
-
-def _download(
-    repo: str,
-    commit: str,
-    cache_dir: Path | str | None,
-    endpoint: str | None,
-    token: str | None,
-    *,
-    local_files_only: bool,
-) -> None:
-    from huggingface_hub import HfApi, snapshot_download
-
-    if local_files_only:
-        raise CheckpointError(
-            f"hf://{repo}@{commit[:12]} is not complete in the cache {cache_root(cache_dir)} and the hub may not be "
-            "asked (offline): connect and run again."
-        )
-    where = endpoint_url(endpoint)
-    # Unlike a listing of the tree, this answers at once when there is no connection (no retries with pauses).
-    info = HfApi(endpoint=where, token=token).model_info(repo, revision=commit)
-    names = [entry.rfilename for entry in info.siblings or []]
-    snapshot_download(
-        repo,
-        revision=commit,
-        cache_dir=cache_root(cache_dir),
-        endpoint=where,
-        token=token,
-        allow_patterns=_needed(repo, names),
-        tqdm_class=quiet_bar(),
-    )
-
-
-def _needed(repo: str, names: list[str]) -> list[str]:
-    """Configuration, tokenizer and one set of weights: single file before shards, safetensors before pickles."""
-    top = [name for name in names if "/" not in name]
-    besides = [name for name in top if name.endswith(_BESIDES) and not name.endswith(".index.json")]
-    for single, shards in zip(_SINGLE, _SHARDS, strict=True):
-        weights = [single] if single in top else [name for name in top if shards.fullmatch(name)]
-        if weights:
-            return sorted({*besides, *weights})
-    adapters = [name for name in top if name.startswith("adapter_")]
-    what = "a PEFT adapter only" if adapters else ", ".join(sorted(top)[:6]) or "no files"
-    raise CheckpointError(
-        f"hf://{repo} holds no weights that can be read: expected model.safetensors or pytorch_model.bin (or their "
-        f"shards), found {what}."
-    )

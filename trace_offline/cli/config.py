@@ -45,6 +45,8 @@ class RunConfig(BaseModel):
     shard: str | None = None
     cache: str | None = None
     cache_size: str | None = None
+    hub_disk_limit: str | None = None
+    remove_downloads: bool | None = None
     analyzer: dict[str, dict[str, Any]] = {}
 
 

@@ -61,6 +61,8 @@ def analyze(
     ] = None,
     cache: options.Cache = None,
     cache_size: options.CacheSize = None,
+    hub_disk_limit: options.HubDiskLimit = None,
+    remove_downloads: options.RemoveDownloads = None,
     dtype: options.Dtype = None,
     seed: options.Seed = None,
     model_factory: options.ModelFactory = None,
@@ -82,6 +84,7 @@ def analyze(
         "model_factory": model_factory, "blocks": blocks, "tokenizer": tokenizer,
         "trust_remote_code": trust_remote_code or None, "force": force or None, "executor": executor,
         "timeout": timeout, "scheduler": scheduler, "shard": shard, "cache": cache, "cache_size": cache_size,
+        "hub_disk_limit": hub_disk_limit, "remove_downloads": remove_downloads,
     }  # fmt: skip
     raise typer.Exit(run_analyze(given, set_ or [], config, as_json=as_json))
 
@@ -106,6 +109,8 @@ def rerun(
     scheduler: options.Scheduler = None,
     cache: options.Cache = None,
     cache_size: options.CacheSize = None,
+    hub_disk_limit: options.HubDiskLimit = None,
+    remove_downloads: options.RemoveDownloads = None,
     force: Annotated[bool, typer.Option("--force", help="Compute again what the store already has.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -117,6 +122,7 @@ def rerun(
             store, analyzer, set_ or [], steps=steps, run=run, source=source, evaluation_set=evaluation_set,
             heldout_set=heldout_set, device=device, jobs=jobs, force=force, as_json=as_json, executor=executor,
             timeout=timeout, scheduler=scheduler, cache=cache, cache_size=cache_size,
+            hub_disk_limit=hub_disk_limit, remove_downloads=remove_downloads,
         )
     )  # fmt: skip
 

@@ -36,6 +36,17 @@ Cache = Annotated[
 CacheSize = Annotated[
     str | None, typer.Option(metavar="SIZE", help="The most the cache may hold, 20GB by default; alone: --cache auto.")
 ]
+HubDiskLimit = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="The most that downloads from the hub may take together, e.g. 50GB."),
+]
+RemoveDownloads = Annotated[
+    bool | None,
+    typer.Option(
+        "--remove-downloads/--keep-downloads",
+        help="Remove what this run downloaded from the hub once its analyses are stored. Default: keep.",
+    ),
+]
 Dtype = Annotated[str | None, typer.Option(help="float32, tf32 (GPUs only), float64, bfloat16 or float16.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random choice; the same for all steps.")]
 ModelFactory = Annotated[

@@ -36,6 +36,8 @@ def running(store: Path) -> list[str]:
             f"{progress['run']}: {progress['done']} analyses done, {progress['failed']} failed, {progress['left']} "
             f"left, {rate:.1f} a minute" + ("" if left is None else f", about {timedelta(seconds=round(left))} to go")
         )
+    if (download := board.read_download()) is not None:
+        lines.append(download)
     lines += [
         f"worker {item.pid} on {item.host}: {item.checkpoint}, {item.task}, for {now - item.since:.0f} s"
         for item in board.read()

@@ -41,6 +41,8 @@ def watch(
     tokenizer: options.Tokenizer = None,
     cache: options.Cache = None,
     cache_size: options.CacheSize = None,
+    hub_disk_limit: options.HubDiskLimit = None,
+    remove_downloads: options.RemoveDownloads = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Stay beside a training job and analyze each checkpoint as soon as it is complete.
@@ -54,6 +56,7 @@ def watch(
         "analyzers": analyzer, "run": run, "revisions": revisions, "device": device, "jobs": jobs,
         "executor": executor, "timeout": timeout, "scheduler": scheduler, "dtype": dtype, "seed": seed,
         "model_factory": model_factory, "blocks": blocks, "tokenizer": tokenizer,
-        "cache": cache, "cache_size": cache_size,
+        "cache": cache, "cache_size": cache_size, "hub_disk_limit": hub_disk_limit,
+        "remove_downloads": remove_downloads,
     }  # fmt: skip
     raise typer.Exit(run_watch(given, set_ or [], config, interval=interval, quiet=quiet, as_json=as_json))

@@ -15,6 +15,7 @@ from trace_offline.core.errors import CheckpointError, UsageError
 from trace_offline.core.types import Checkpoint
 from trace_offline.engine.board import Board
 from trace_offline.engine.cache import DEFAULT_SIZE, cache_folder, parse_size
+from trace_offline.engine.download_rules import DownloadRules
 from trace_offline.engine.execution import Execution, Summary, Workforce, duplicate_warnings
 from trace_offline.engine.fingerprints import known_fingerprints, with_fingerprints
 from trace_offline.engine.heldout import check_used, load_heldout, with_heldout
@@ -128,6 +129,9 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None, stop: Sto
         Execution(
             planner, series, writer, summary, workers, progress, register, stop or StopRequest(),
             compare=options.shard is None, rotating=options.rotating,
+            rules=DownloadRules(
+                options.hub_disk_limit, bool(options.remove_downloads), writer.path.with_suffix(".downloads.json")
+            ),
         ).run(chosen, needed)  # fmt: skip
     summary.seconds = time.monotonic() - started
     return summary

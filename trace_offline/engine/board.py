@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from trace_offline.core.types import AnalysisStatus, Array, Artifact, Measurement, Outcome
 
 PROGRESS = "progress.json"
+DOWNLOAD = "download.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +100,10 @@ class Board:
         """What every worker said last, in order of its process number."""
         found = []
         for path in self.folder.glob("*-*.json"):
-            record = _load(path)
-            if record is not None:
-                found.append(Doing(**{**record, "analyses": tuple(record["analyses"])}))
+            with suppress(ValueError, TypeError, KeyError):  # cut off, as by a loss of power
+                record = _load(path)
+                if record is not None:
+                    found.append(Doing(**{**record, "analyses": tuple(record["analyses"])}))
         return sorted(found, key=lambda item: (item.host, item.pid))
 
     def keep(self, outcome: Outcome) -> None:
@@ -112,9 +114,14 @@ class Board:
         """Those of these analyses that were finished."""
         found = []
         for key in analyses:
-            record = _load(self.folder / "done" / f"{key}.json")
-            if record is not None:
-                found.append(_outcome(record))
+            path = self.folder / "done" / f"{key}.json"
+            try:
+                record = _load(path)
+                if record is not None:
+                    found.append(_outcome(record))
+            except (ValueError, TypeError, KeyError):
+                # Cut off, as by a loss of power: measured again, as if it had never been finished.
+                path.unlink(missing_ok=True)
         return found
 
     def all_kept(self) -> list[Outcome]:
@@ -132,7 +139,29 @@ class Board:
 
     def read_progress(self) -> dict[str, Any] | None:
         """How far the run is; None when none is going on."""
-        return _load(self.folder / PROGRESS)
+        with suppress(ValueError):  # cut off, as by a loss of power
+            return _load(self.folder / PROGRESS)
+        return None
+
+    def downloading(self, text: str | None) -> None:
+        """Publish what is downloaded now; None: nothing is."""
+        if text is None:
+            (self.folder / DOWNLOAD).unlink(missing_ok=True)
+        else:
+            self._write(DOWNLOAD, {"text": text})
+
+    def read_download(self) -> str | None:
+        """What is downloaded now."""
+        record = _load(self.folder / DOWNLOAD)
+        return None if record is None else str(record["text"])
+
+    def leave(self) -> None:
+        """Remove all but finished analyses that could not be stored: the next run stores them."""
+        for path in self.folder.glob("*.json"):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # one that is not empty stays
+            (self.folder / "done").rmdir()
+            self.folder.rmdir()
 
     def clear(self) -> None:
         """Remove the folder."""

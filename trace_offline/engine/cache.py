@@ -38,12 +38,12 @@ _LOCK_SECONDS = 120
 _ABANDONED_SECONDS = 24 * 3600
 
 
-def parse_size(text: str) -> int:
-    """``20GB``, ``500 MiB`` or plain bytes → bytes. Raises UsageError for anything else."""
+def parse_size(text: str, option: str = "--cache-size") -> int:
+    """``20GB``, ``500 MiB`` or plain bytes → bytes. Raises UsageError, naming the option, for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     factor = _UNITS.get(match[2].upper()) if match else None
     if match is None or factor is None or int(float(match[1]) * factor) < 1:
-        raise UsageError(f'--cache-size: expected a size such as 20GB, 500MB or 2GiB; found "{text}".')
+        raise UsageError(f'{option}: expected a size such as 20GB, 500MB or 2GiB; found "{text}".')
     return int(float(match[1]) * factor)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from trace_offline.core.errors import UsageError
 from trace_offline.core.types import AnalysisStatus, Outcome
 from trace_offline.engine import worker
-from trace_offline.engine.unit import Unit
+from trace_offline.engine.unit import Unit, Wait
 
 TOPIC = "trace-offline"
 _LOOK_SECONDS = 0.05
@@ -57,7 +57,7 @@ def run_on_worker(body: Callable[[Unit], list[Outcome]], unit: Unit, run: str) -
 
 
 def run_dask(
-    units: Iterator[Unit], body: Callable[[Unit], list[Outcome]], address: str | None, timeout: float | None
+    units: Iterator[Unit | Wait], body: Callable[[Unit], list[Outcome]], address: str | None, timeout: float | None
 ) -> Iterator[tuple[Unit, list[Outcome]]]:
     """Units over the workers of a scheduler, yielded as they finish.
 
@@ -93,7 +93,7 @@ class _Doing:
 @dataclass
 class _Cluster:
     client: Any
-    source: Iterator[Unit]
+    source: Iterator[Unit | Wait]
     body: Callable[[Unit], list[Outcome]]
     timeout: float | None
     futures: dict[Any, Unit] = field(default_factory=dict)
@@ -132,6 +132,8 @@ class _Cluster:
             unit = self.again.popleft() if self.again else next(self.source, None)
             if unit is None:
                 break
+            if isinstance(unit, Wait):
+                return True
             key = f"trace-offline-{run}-{next(self.count)}"
             future = self.client.submit(run_on_worker, self.body, unit, run, key=key, pure=False, retries=0)
             self.futures[future] = unit

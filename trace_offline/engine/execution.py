@@ -14,15 +14,16 @@ from typing import Any
 from trace_offline.core.types import AnalysisStatus, Checkpoint, Outcome
 from trace_offline.engine.board import Board
 from trace_offline.engine.costs import Costs, earlier
+from trace_offline.engine.download_rules import DownloadRules
+from trace_offline.engine.downloads import Downloads
 from trace_offline.engine.executors import Finished, run_inline, run_joblib
 from trace_offline.engine.fingerprints import hub_entry, remember
 from trace_offline.engine.interrupt import StopRequest
 from trace_offline.engine.plan import Planner
 from trace_offline.engine.progress import Progress, name_of
 from trace_offline.engine.readahead import one_ahead
-from trace_offline.engine.remote import fetched
 from trace_offline.engine.series import SeriesPlan
-from trace_offline.engine.unit import AnalysisRequest, Unit, Wanted
+from trace_offline.engine.unit import AnalysisRequest, Unit, Wait, Wanted
 from trace_offline.engine.worker import run_unit
 from trace_offline.store.writer import Writer
 
@@ -44,7 +45,7 @@ class Workforce:
     scheduler: str | None = None
     gpus: tuple[str, ...] = ()
 
-    def run(self, units: Iterator[Unit], body: Callable[[Unit], list[Outcome]]) -> Iterator[Finished]:
+    def run(self, units: Iterator[Unit | Wait], body: Callable[[Unit], list[Outcome]]) -> Iterator[Finished]:
         """Units as they finish."""
         if self.executor == "inline":
             return run_inline(units, body)
@@ -109,7 +110,7 @@ class Execution:
     """One run of what is missing. ``register``: stores a checkpoint whose fingerprint became known on the way.
 
     ``compare`` False: extract only (a shard of a series cannot be compared). ``rotating``: the training deletes old
-    checkpoints, so one that is gone before it was read is no failure.
+    checkpoints, so one that is gone before it was read is no failure. ``rules``: for revisions on the hub.
     """
 
     planner: Planner
@@ -122,6 +123,7 @@ class Execution:
     stop: StopRequest = field(default_factory=StopRequest)
     compare: bool = True
     rotating: bool = False
+    rules: DownloadRules = field(default_factory=DownloadRules)
     costs: Costs = field(default_factory=lambda: Costs(1, Counter()))
     _names: dict[str, str] = field(default_factory=dict)
     _identities: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -150,12 +152,23 @@ class Execution:
         remote = [
             item
             for item in whole
-            if item.layout == "hub" and ((id(item) in places and planner.missing(item)) or pending)
+            if item.layout == "hub" and ((id(item) in places and planner.missing(item)) or series.lacks(item, pending))
         ]
         todo = sum(len(unit.requests) for unit in units) + len(pending) * len(whole)
         todo += sum(planner.missing(item) for item in remote if id(item) in places) + len(pending) * len(remote)
         self._count_done(chosen, whole, pending, units)
+        gone: list[tuple[Checkpoint, str]] = []
+        downloads = Downloads(
+            remote,
+            self.rules,
+            lost=lambda item, reason: gone.append((item, reason)),
+            note=self.progress.note,
+            board=self.workers.board,
+            jobs=None if self.workers.executor == "dask" else self.workers.jobs,
+        )
         if todo == 0:
+            downloads.close()
+            self.summary.warnings += downloads.warnings
             self.workers.board.clear()  # what a killed run left there is stored by now
             return
         self.progress.start(todo, len(whole) if pending else len(units) + len(remote))
@@ -167,7 +180,8 @@ class Execution:
             board.clear()
             board.open()
             self.stop.armed = True
-            self._measure(units, remote, final, lambda item, asked: unit_of(item, measure=asked in places), pending)
+            self._measure(units, downloads, final, lambda item, asked: unit_of(item, measure=asked in places))
+            self._count_lost(gone, downloads, pending)
             known = [final[id(item)] for item in whole]
             for wanted in pending:
                 if self.compare and not self.stop.requested:
@@ -176,6 +190,8 @@ class Execution:
         finally:
             self.stop.armed = False
             self.summary.interrupted = self.stop.requested
+            downloads.close()
+            self.summary.warnings += downloads.warnings
             self.progress.stop()
             board.clear()
 
@@ -218,37 +234,53 @@ class Execution:
     def _measure(
         self,
         units: list[Unit],
-        remote: list[Checkpoint],
+        downloads: Downloads,
         final: dict[int, Checkpoint],
         unit_of: Callable[[Checkpoint, int], Unit | None],
-        pending: tuple[Wanted, ...],
     ) -> None:
-        asked = {item.location: id(item) for item in remote}
-        gone: list[tuple[Checkpoint, str]] = []
+        asked = {item.location: id(item) for item in downloads.items}
 
-        def all_units() -> Iterator[Unit]:
+        def all_units() -> Iterator[Unit | Wait]:
             for local in one_ahead(units):
                 if self.stop.requested:
                     return
                 yield local
-            for item in fetched(remote, lambda item, reason: gone.append((item, reason))):
+            for item in downloads.arrivals():
                 if self.stop.requested:
                     return
+                if item is None:
+                    yield Wait.NOT_YET
+                    continue
                 final[asked[item.location]] = item
                 self._note(item)
                 self._arrived.append(item)
                 unit = unit_of(item, asked[item.location])
-                if unit is not None:
+                if unit is None:
+                    downloads.stored(item, ())
+                else:
+                    downloads.use(item, (request.analysis_id for request in unit.requests))
                     yield unit
 
         for unit, outcomes in self.workers.run(all_units(), run_unit):
             self._welcome()
             self._store(unit, outcomes)
+            downloads.stored(unit.checkpoint, (outcome.analysis_id for outcome in outcomes))
         self._welcome()
+
+    def _count_lost(
+        self, gone: list[tuple[Checkpoint, str]], downloads: Downloads, pending: tuple[Wanted, ...]
+    ) -> None:
+        """Revisions that could not be had, and those for which there was no room."""
         for item, reason in gone:
             self.summary.failed += max(1, self.planner.missing(item) + len(pending))
             self.summary.problems.append(f"{item.location}: {reason}")
             self.register(dataclasses.replace(item, reason=reason))
+        if downloads.full is not None and not self.stop.requested:
+            self.summary.failed += sum(self.planner.missing(item) + len(pending) for item in downloads.skipped)
+            count = len(downloads.skipped)
+            self.summary.problems.append(
+                f"{count} revision{'s' * (count != 1)} not downloaded, so not analyzed: {downloads.full}"
+            )
 
     def _welcome(self) -> None:
         """Store the revisions that were fetched since; fetching itself happens in joblib's dispatching thread."""

@@ -17,26 +17,31 @@ from typing import Any, TypeVar
 from trace_offline.core.types import AnalysisStatus, Outcome
 from trace_offline.engine.board import Board
 from trace_offline.engine.devices import Slots
-from trace_offline.engine.unit import AnalysisRequest, Unit
+from trace_offline.engine.unit import AnalysisRequest, Unit, Wait
 from trace_offline.engine.watchdog import Watchdog
 
 Finished = tuple[Unit, list[Outcome]]
 Body = Callable[[Unit], list[Outcome]]
 T = TypeVar("T")
 
+_NAP_SECONDS = 0.1
+
 _OUT_OF_MEMORY = (
     "Out of memory is the usual cause: try a smaller evaluation set, --jobs 1, or smaller parameters of this analyzer."
 )
 
 
-def run_inline(units: Iterable[Unit], body: Body) -> Iterator[Finished]:
+def run_inline(units: Iterable[Unit | Wait], body: Body) -> Iterator[Finished]:
     """One unit after another in this process."""
     for unit in units:
-        yield unit, body(unit)
+        if isinstance(unit, Wait):
+            time.sleep(_NAP_SECONDS)
+        else:
+            yield unit, body(unit)
 
 
 def run_joblib(
-    units: Iterable[Unit],
+    units: Iterable[Unit | Wait],
     body: Body,
     jobs: int,
     board: Board | None = None,
@@ -55,7 +60,7 @@ def run_joblib(
 
 @dataclass
 class _Pool:
-    source: Iterator[Unit]
+    source: Iterator[Unit | Wait]
     body: Body
     jobs: int
     board: Board | None
@@ -70,7 +75,8 @@ class _Pool:
             try:
                 with watchdog:
                     for key, outcomes in _parallel(self._tasks(), self.jobs, self.gpus):
-                        yield self.under_way.pop(key), outcomes
+                        if key:
+                            yield self.under_way.pop(key), outcomes
                 return
             except BrokenProcessPool:
                 suspects = list(self.under_way.values())
@@ -86,16 +92,21 @@ class _Pool:
             unit = self.again.popleft() if self.again else next(self.source, None)
             if unit is None:
                 return
+            if isinstance(unit, Wait):
+                # joblib asks for tasks under a lock that it needs to give us results: the worker waits, not the source.
+                yield delayed(_nap)()
+                continue
             self.under_way[unit.key] = unit
             yield delayed(_keyed)(self.body, unit)
 
     def _settle(self, unit: Unit, stake: tuple[str, ...] | None, hung: dict[str, str]) -> Iterator[Finished]:
         """What becomes of a unit whose pool broke. ``stake``: what its worker was at; None when nobody knows."""
         finished = [] if self.board is None else self.board.kept(item.analysis_id for item in unit.requests)
+        kept = {outcome.analysis_id for outcome in finished}  # one may end just when its time is over
         finished += [
             Outcome(item.analysis_id, AnalysisStatus.CRASHED, f"{item.analyzer} {hung[item.analysis_id]}")
             for item in unit.requests
-            if item.analysis_id in hung
+            if item.analysis_id in hung and item.analysis_id not in kept
         ]
         if finished:
             yield unit, finished
@@ -175,6 +186,11 @@ def _belong_to(parent: int, slots: Slots | None = None) -> None:
         threading.Thread(target=watch, daemon=True).start()
     if slots is not None:
         slots.bind()
+
+
+def _nap() -> tuple[str, list[Outcome]]:
+    time.sleep(_NAP_SECONDS)
+    return "", []
 
 
 def _keyed(body: Body, unit: Unit) -> tuple[str, list[Outcome]]:

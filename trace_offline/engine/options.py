@@ -40,6 +40,8 @@ class AnalyzeOptions:
 
     ``executor``: inline, joblib or dask; None chooses inline for one job without a timeout, else joblib.
     ``cache``: ``auto`` (a folder beside the store), ``off`` or a folder; a ``cache_size`` alone means ``auto``.
+    ``hub_disk_limit``: the most that downloads from the hub may take (``50GB``); ``remove_downloads``: each goes after
+    its analyses are stored.
     ``rotating``: the training deletes old checkpoints; one that is gone before it was read is no failure.
     """
 
@@ -68,6 +70,8 @@ class AnalyzeOptions:
     rotating: bool = False
     cache: str | None = None
     cache_size: str | None = None
+    hub_disk_limit: str | None = None
+    remove_downloads: bool | None = None
 
     def check(self) -> None:
         """Raise UsageError for a value that cannot be used."""
@@ -85,6 +89,8 @@ class AnalyzeOptions:
         if self.jobs is not None and self.jobs < 1:
             raise UsageError(f"--jobs: expected 1 or more, found {self.jobs}.")
         parse_size(self.cache_size or DEFAULT_SIZE)
+        if self.hub_disk_limit is not None:
+            parse_size(self.hub_disk_limit, "--hub-disk-limit")
         self._check_executor()
 
     def _check_executor(self) -> None:
@@ -123,6 +129,8 @@ class AnalyzeOptions:
             "heldout_set": self.heldout_set and str(Path(self.heldout_set).absolute()),
             "cache": self.cache if self.cache in (None, AUTO, OFF) else str(Path(self.cache).absolute()),
             "cache_size": self.cache_size,
+            "hub_disk_limit": self.hub_disk_limit,
+            "remove_downloads": self.remove_downloads,
         }
 
 

@@ -19,7 +19,7 @@ from trace_offline.engine.unit import HELDOUT
 from trace_offline.query.reader import Store
 
 _KEPT = ("revisions", "dtype", "seed", "device", "jobs", "model_factory", "blocks", "tokenizer", "trust_remote_code",
-         "cache", "cache_size")  # fmt: skip
+         "cache", "cache_size", "hub_disk_limit", "remove_downloads")  # fmt: skip
 
 # One row for each way a run was analyzed, and whether this analyzer took part in it.
 _REQUESTS = """
@@ -45,6 +45,8 @@ def rerun(
     jobs: int | None = None,
     cache: str | None = None,
     cache_size: str | None = None,
+    hub_disk_limit: str | None = None,
+    remove_downloads: bool | None = None,
     executor: str | None = None,
     timeout: float | None = None,
     scheduler: str | None = None,
@@ -92,7 +94,14 @@ def rerun(
             heldout_set=heldout_set or _heldout_path(opened, latest, kept, analyzer),
             **{
                 **{name: value for name, value in kept.items() if name in _KEPT},
-                **_given(device=device, jobs=jobs, cache=cache, cache_size=cache_size),
+                **_given(
+                    device=device,
+                    jobs=jobs,
+                    cache=cache,
+                    cache_size=cache_size,
+                    hub_disk_limit=hub_disk_limit,
+                    remove_downloads=remove_downloads,
+                ),
             },
         )
         try:

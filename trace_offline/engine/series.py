@@ -98,13 +98,18 @@ class SeriesPlan:
         """The analyzers whose comparison is to be made."""
         return tuple(item for item in self.wanted if not self.is_done(item, series))
 
+    def lacks(self, checkpoint: Checkpoint, pending: Iterable[Wanted]) -> bool:
+        """Whether one of these needs an extract that is not there. Without a fingerprint nobody can tell: it does."""
+        if checkpoint.fingerprint is None:
+            return any(True for _ in pending)
+        return any(self.force or not _is_there(self.target(item, checkpoint)) for item in pending)
+
     def extract_requests(self, checkpoint: Checkpoint, pending: Iterable[Wanted]) -> tuple[AnalysisRequest, ...]:
         """What to extract from a checkpoint; nothing that lies there already or is under way."""
         requests = []
         for item in pending:
             target = self.target(item, checkpoint)
-            known = target.exists() or target.with_suffix(_NOT_APPLICABLE).exists()
-            if (self.force or not known) and str(target) not in self._scheduled:
+            if (self.force or not _is_there(target)) and str(target) not in self._scheduled:
                 self._scheduled.add(str(target))
                 requests.append(
                     AnalysisRequest(digest("extract", str(target)), item.name, item.version, item.params, str(target))
@@ -148,6 +153,10 @@ class SeriesPlan:
         if failure is None:
             return Outcome(key, AnalysisStatus.FAILED, "nothing was extracted from this checkpoint")
         return Outcome(key, failure.status, failure.message)
+
+
+def _is_there(target: Path) -> bool:
+    return target.exists() or target.with_suffix(_NOT_APPLICABLE).exists()
 
 
 def run_series(task: SeriesTask) -> list[Outcome]:

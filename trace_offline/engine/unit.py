@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from trace_offline.core.errors import CheckpointError
@@ -93,6 +94,12 @@ class Unit:
     def key(self) -> str:
         """Identifies the unit within a run."""
         return digest(*(request.analysis_id for request in self.requests))
+
+
+class Wait(Enum):
+    """What a source of units gives when it has none yet but will have more: ask again soon."""
+
+    NOT_YET = "not yet"
 
 
 def analysis_id(
