@@ -81,7 +81,7 @@ class Board:
     @classmethod
     def of(cls, store: Path) -> Board:
         """The board of the run that writes to ``store``."""
-        return cls(store.with_suffix(".workers"))
+        return cls(store.with_name(f"{store.name}.workers"))
 
     def open(self) -> None:
         """Make the folder; only the run itself does, so that a late worker of an ended run leaves nothing behind."""
@@ -152,8 +152,10 @@ class Board:
 
     def read_download(self) -> str | None:
         """What is downloaded now."""
-        record = _load(self.folder / DOWNLOAD)
-        return None if record is None else str(record["text"])
+        with suppress(ValueError):  # cut off, as by a loss of power
+            record = _load(self.folder / DOWNLOAD)
+            return None if record is None else str(record["text"])
+        return None
 
     def leave(self) -> None:
         """Remove all but finished analyses that could not be stored: the next run stores them."""
