@@ -16,7 +16,11 @@ import torch
 from conftest import SmallSeries
 
 from trace_offline import EvaluationSetError, Store, UsageError, analyze, rerun
+from trace_offline.core.types import Checkpoint, CheckpointState
 from trace_offline.engine import execution
+from trace_offline.engine.options import AnalyzeOptions
+from trace_offline.engine.remarks import remark_warnings
+from trace_offline.engine.watch import Watch
 from trace_offline.recording import save_evaluation_set
 
 LOSS = (
@@ -52,9 +56,84 @@ def test_weights_replaced_during_a_run_are_not_stored_under_the_old_ones(
     assert "changed after the run began" in summary.problems[0]
     assert [row["step"] for row in losses(store)] == [0, 2]
     monkeypatch.undo()
-    assert analyze(run, small_series.evaluation, store, analyzers=("loss",), jobs=1, steps="0-2").failed == 0
+    again = analyze(run, small_series.evaluation, store, analyzers=("loss",), jobs=1, steps="0-2", run="run")
+    assert again.failed == 0
+    assert 'run "run" was analyzed with other weights at step 1' in again.warnings[0]
     rows = losses(store)
     assert rows[1]["value"] == rows[0]["value"]  # step 1 now has the weights of step 0
+
+
+@pytest.fixture
+def retrained(small_series: SmallSeries, run: Path) -> Path:
+    """The folder of a training that was analyzed, then made anew with other weights, without step 1."""
+    from tiny_models import gpt_neox
+
+    from trace_offline.recording import save_checkpoint
+
+    analyze(run, small_series.evaluation, run.parent / "s.duckdb", analyzers=("loss",), jobs=1)
+    shutil.rmtree(run)
+    shutil.copytree(small_series.run / "step0", run / "step0")
+    for step in (2, 4):
+        save_checkpoint(gpt_neox(seed=step), run, step)
+    return run
+
+
+def test_another_training_in_the_same_folder_is_refused(small_series: SmallSeries, retrained: Path) -> None:
+    store = retrained.parent / "s.duckdb"
+    before = losses(store)
+    text = (
+        r'run "run" was analyzed with other weights at step 2, 4\. If this is another training, give it a history of '
+        r'its own with --run NAME.*say so with --run "run"'
+    )
+    with pytest.raises(UsageError, match=text):
+        analyze(retrained, small_series.evaluation, store, analyzers=("loss",), jobs=1)
+    with pytest.raises(UsageError, match=text):
+        rerun(store, "loss", jobs=1)
+    assert losses(store) == before
+    other = analyze(retrained, small_series.evaluation, store, analyzers=("loss",), jobs=1, run="second")
+    assert (other.warnings, other.ok + other.already_done) == ([], 3)
+
+
+def test_naming_the_run_says_that_its_weights_were_replaced_on_purpose(
+    small_series: SmallSeries, retrained: Path
+) -> None:
+    store = retrained.parent / "s.duckdb"
+    summary = analyze(retrained, small_series.evaluation, store, analyzers=("loss",), jobs=1, run="run")
+    assert (summary.ok, len(summary.warnings)) == (2, 1)
+    assert 'run "run" was analyzed with other weights at step 2, 4. What the store has of other' in summary.warnings[0]
+    assert [row["step"] for row in losses(store) if row["is_latest"]] == [0, 1, 2, 4]
+    assert analyze(retrained, small_series.evaluation, store, analyzers=("loss",), jobs=1).warnings == []
+
+
+def test_watch_goes_on_when_a_resumed_training_writes_steps_again(small_series: SmallSeries, retrained: Path) -> None:
+    store = retrained.parent / "s.duckdb"
+    options = AnalyzeOptions(str(retrained), small_series.evaluation, store, ("loss",), jobs=1)
+    summary = Watch(options, interval=0.01, quiet=0.0).run()
+    assert (summary.ok, summary.exit_code, len(summary.warnings)) == (2, 0, 1)
+    assert "other weights at step 2, 4" in summary.warnings[0]
+
+
+def test_what_discovery_remarks_is_a_warning(small_series: SmallSeries, tmp_path: Path) -> None:
+    for place, steps in (("lr1", (0, 1)), ("lr2", (2, 4))):
+        for step in steps:
+            shutil.copytree(small_series.run / f"step{step}", tmp_path / "both" / place / f"checkpoint-{step}")
+    summary = analyze(tmp_path / "both", small_series.evaluation, tmp_path / "s.duckdb", analyzers=("loss",), jobs=1)
+    (repeated, two_runs) = summary.warnings
+    assert "step 4 has the same weights as step 2" in repeated
+    assert two_runs.startswith("step 2: it lies in ")
+    assert "if these are two runs, analyze each on its own. The same of other steps: trace-offline discover" in two_runs
+
+
+def test_remarks_that_differ_in_numbers_only_are_one_warning() -> None:
+    reasons = (None, "The name gives an epoch (1), no step.", "The name gives an epoch (2), no step.", "Else.")
+    items = [Checkpoint(f"/x/{i}", "raw", CheckpointState.COMPLETE, i, reason=text) for i, text in enumerate(reasons)]
+    alone = Checkpoint("/x/m", "raw", CheckpointState.COMPLETE, reason="Warning: its step is unknown.")
+    same = Checkpoint("/x/9", "raw", CheckpointState.DUPLICATE, 9, reason="The same weights as step 1: computed once.")
+    assert remark_warnings([*items, alone, same]) == [
+        "step 1: The name gives an epoch (1), no step. The same of other steps: trace-offline discover lists them.",
+        "step 3: Else.",
+        "/x/m: its step is unknown.",
+    ]
 
 
 def test_a_failed_repetition_keeps_the_numbers_there_are(

@@ -19,6 +19,7 @@ from trace_offline.core.types import Checkpoint, CheckpointState
 
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
+_SAME = "The same weights as "
 
 
 def mark_duplicates(checkpoints: list[Checkpoint], cache: Cache | None = None) -> list[Checkpoint]:
@@ -101,7 +102,7 @@ def _duplicate(item: Checkpoint, first: Checkpoint) -> Checkpoint:
         item,
         state=CheckpointState.DUPLICATE,
         duplicate_of=first.step,
-        reason=_joined(item.reason, f"The same weights as {_called(first)}: computed once, shown at both."),
+        reason=_joined(item.reason, f"{_SAME}{_called(first)}: computed once, shown at both."),
     )
 
 
@@ -123,6 +124,13 @@ def _mark_shards(
                     f"Warning: its shard {Path(path).name} is identical to that of {_called(result[first])}, while "
                     "other shards differ; one of the two was probably published with wrong weights.",
                 )
+
+
+def remark_of(item: Checkpoint) -> str | None:
+    """What was remarked on a usable checkpoint, without the sentence that makes it a duplicate."""
+    if item.reason is None or item.state is not CheckpointState.DUPLICATE:
+        return item.reason
+    return item.reason[: item.reason.rfind(_SAME)].rstrip() or None
 
 
 def _called(item: Checkpoint) -> str:

@@ -23,6 +23,7 @@ from trace_offline.engine.interrupt import StopRequest
 from trace_offline.engine.options import AnalyzeOptions, choose_device, choose_jobs, factory_digest
 from trace_offline.engine.plan import Planner, default_run_name, resolve_analyzers, short_names
 from trace_offline.engine.progress import Progress, Silent
+from trace_offline.engine.remarks import remark_warnings, replaced_steps, replaced_text
 from trace_offline.engine.series import SeriesPlan
 from trace_offline.engine.unit import Unit, WorkSettings
 from trace_offline.engine.worker import check_tokenizer_of
@@ -84,7 +85,7 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None, stop: Sto
         needed, stamps, unreadable = with_fingerprints(needed, writer, known_fingerprints(writer))
         if not needed:
             raise CheckpointError(f"No checkpoint in {options.source} can be read: {unreadable[0].reason}")
-        _check_same_run(writer, run, options, needed)
+        replaced = _check_same_run(writer, run, options, needed)
         done = {str(key): str(status) for key, status in writer.read("select analysis_id, status from analyses")}
         planner = Planner(run, single, settings, done, options.force, stamps)
         series = SeriesPlan(run, comparing, settings, writer.path.with_suffix(".extracts"), done, options.force)
@@ -103,7 +104,7 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None, stop: Sto
 
         summary = Summary(run, Path(options.store), len(needed if comparing else chosen))
         summary.set_aside = [f"{item.location}: {item.state.value}: {item.reason}" for item in aside]
-        summary.warnings = duplicate_warnings(needed)
+        summary.warnings = [*replaced, *duplicate_warnings(needed), *remark_warnings(needed)]
         for item, name in zip(sets, names, strict=True):
             if name != item.name:
                 summary.warnings.append(
@@ -183,19 +184,21 @@ def _model_type(chosen: list[Checkpoint]) -> str | None:
         raise CheckpointError(f"{config} cannot be read as JSON: {error}.") from None
 
 
-def _check_same_run(writer: Writer, run: str, options: AnalyzeOptions, chosen: list[Checkpoint]) -> None:
-    """Two different series must not share one run name; a moved folder may.
+def _check_same_run(writer: Writer, run: str, options: AnalyzeOptions, chosen: list[Checkpoint]) -> list[str]:
+    """Two different series must not share one run name; a moved folder may. What is accepted with a warning.
 
     Step 0 proves nothing: runs that differ in their data alone begin with the same weights.
     """
     known = writer.read("select source from runs where run = ?", [run])
-    if not known or known[0][0] == _absolute(options.source):
-        return
+    if not known:
+        return []
     stored = dict(
         writer.read(
             "select step, fingerprint from checkpoints where run = ? and state in ('complete', 'duplicate')", [run]
         )
     )
+    if known[0][0] == _absolute(options.source):
+        return _replaced(run, options, replaced_steps(chosen, stored))
     common = [item for item in chosen if item.fingerprint is not None and stored.get(item.step) is not None]
     differing = [item for item in common if stored[item.step] != item.fingerprint]
     same = [item for item in common if item not in differing and item.step != 0]
@@ -206,6 +209,28 @@ def _check_same_run(writer: Writer, run: str, options: AnalyzeOptions, chosen: l
             f'The store already has a run "{run}", from {known[0][0]}, {why}. '
             "Give this series a name of its own with --run NAME."
         )
+    return []
+
+
+def _replaced(run: str, options: AnalyzeOptions, steps: list[int]) -> list[str]:
+    """Another training into the same folder would leave two trainings in one history.
+
+    Whoever names the run says that it is the same one; a training that resumes from an earlier checkpoint writes the
+    later ones again while it is watched.
+    """
+    if not steps:
+        return []
+    text = replaced_text(run, steps)
+    if not options.rotating and (options.run is None if options.named is None else not options.named):
+        raise UsageError(
+            f"{options.source}: {text}. If this is another training, give it a history of its own with --run NAME, "
+            "another name. If it is the same one, whose weights were replaced on purpose (by a training that resumed "
+            f'from an earlier step), say so with --run "{run}": only these steps are measured again.'
+        )
+    return [
+        f"{text}. What the store has of other steps stays the latest word on them; if this is another training, give "
+        "it a history of its own with --run NAME."
+    ]
 
 
 def _evaluation_row(evaluation: EvaluationSet) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class AnalyzeOptions:
     ``hub_disk_limit``: the most that downloads from the hub may take (``50GB``); ``remove_downloads``: each goes after
     its analyses are stored.
     ``rotating``: the training deletes old checkpoints; one that is gone before it was read is no failure.
+    ``named``: whether the user named the run (None: if ``run`` is given), so that its weights may have been replaced.
     """
 
     source: str
@@ -72,6 +73,7 @@ class AnalyzeOptions:
     cache_size: str | None = None
     hub_disk_limit: str | None = None
     remove_downloads: bool | None = None
+    named: bool | None = None
 
     def check(self) -> None:
         """Raise UsageError for a value that cannot be used."""

@@ -86,6 +86,7 @@ def rerun(
             analyzers=(analyzer,),
             params={analyzer: {**_own_params(latest or {}, analyzer), **(params or {})}},
             run=row["run"],
+            named=run is not None,
             steps=steps,
             force=force,
             executor=executor,
