@@ -72,7 +72,7 @@ def test_a_killed_run_ends_with_the_same_weights(train: ModuleType, tmp_path: Pa
         one, two = (load_file(tmp_path / side / setting.name / f"step{step}" / "model.safetensors") for side in "ab")
         assert one.keys() == two.keys()
         assert all(torch.equal(one[name], two[name]) for name in one)
-    timeless = [{k: v for k, v in result.items() if k != "seconds"} for result in (whole, again)]
+    timeless = [{k: v for k, v in result.items() if k != "cpu_seconds"} for result in (whole, again)]
     assert timeless[0] == timeless[1]
     assert train.train(tmp_path / "b", setting) == again  # finished: nothing to do
 
@@ -265,6 +265,57 @@ def test_one_dissenting_seed_is_enough_for_no_yes(example: Any) -> None:
         for i, run in enumerate(SEEDS)
     }
     assert judged(example, runs)["syntax_before_roles"]["verdict"] == "mixed"
+
+
+def test_a_peak_that_was_measured_counts_although_checkpoints_are_far_apart(claims: ModuleType) -> None:
+    """Coarse jumps between a dozen checkpoints are what is asked about, and no noise of the measurement."""
+    curve = {
+        "steps": [0, 64, 128, 256, 384, 512, 768, 1024, 2560, 4710],
+        "values": [197.0, 1450.0, 1400.0, 1632.0, 1100.0, 1300.0, 700.0, 300.0, 320.0, 254.0],
+        "stderr": [150.0, 70.0, 60.0, 60.0, 50.0, 60.0, 40.0, 20.0, 20.0, 18.0],
+    }
+    found = claims.peak(curve)
+    assert (found.step, found.before, found.after) == (256, 197.0, 254.0)
+    assert "noise" in claims.peak({**curve, "stderr": [900.0] * 10})
+
+
+def test_a_way_back_that_was_not_seen_is_not_excluded(claims: ModuleType, example: Any) -> None:
+    steps = STEPS.astype(int).tolist()
+    fall = (21 - 17 * sigmoid(STEPS, 100, 0.3)).tolist()
+    open_end = {"steps": steps, "values": [*fall[:-1], 9.0], "stderr": [0.6] * (len(steps) - 1) + [3.0]}
+    closed = {"steps": steps, "values": fall, "stderr": [0.6] * len(steps)}
+    assert (claims.shape(open_end), claims.only_one_way(open_end)) == ("falls", False)
+    assert (claims.shape(closed), claims.only_one_way(closed)) == ("falls", True)
+    rising = {"steps": steps, "values": (-np.array(fall)).tolist(), "stderr": [0.6] * len(steps)}
+    assert (claims.shape(rising), claims.only_one_way(rising)) == ("rises", True)
+    assert not claims.only_one_way({**rising, "stderr": [None] * len(steps)})
+    for curve, verdict in ((open_end, "not shown"), (closed, "no")):
+        runs = {run: {"dimension@1": curve, "dimension@2": curve} for run in SEEDS}
+        assert claims.dimension_falls_and_rises(runs)["verdict"] == verdict
+        assert claims.peak_before_turn(runs)["verdict"] == ("no turn" if verdict == "no" else "not shown")
+
+
+def test_intervals_over_runs_allow_for_the_choice_of_the_step(claims: ModuleType) -> None:
+    """Of noise alone, with the highest of eight steps chosen, few of the 95 % intervals may exclude 1."""
+    rng = np.random.default_rng(0)
+    excluded = 0
+    for _ in range(400):
+        curves = [
+            {"steps": list(range(10)), "values": np.exp(rng.normal(0, 0.3, 10)).tolist(), "stderr": [None] * 10}
+            for _ in range(3)
+        ]
+        found = claims.over_runs(curves)["top_over_start"]
+        excluded += found["low"] > 1 or found["high"] < 1
+        assert (found["low"] > 1 or found["high"] < 1) == (found["p"] < 0.05)
+    assert excluded <= 32  # at most 5 % wanted: 20 of 400, and 2.7 standard deviations
+
+
+def test_better_for_good_needs_every_later_checkpoint(example: Any) -> None:
+    below = example("writing").below_for_good
+    curve = {"steps": [0, 1, 2, 4, 8], "values": [3.0, -1.0, 0.1, -1.0, -2.0], "stderr": [0.1] * 5}
+    assert below(curve) == 4
+    assert below({**curve, "values": [3.0, -1.0, -1.0, -1.0, -0.1]}) is None  # within the noise at the end
+    assert below({**curve, "stderr": [0.1, 0.1, 0.1, 0.1, None]}) is None
 
 
 def test_noise_alone_gives_no_event(claims: ModuleType) -> None:

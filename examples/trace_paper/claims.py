@@ -15,12 +15,14 @@ from scipy import stats
 
 from trace_offline.estimators.emergence import NoEvent, find_emergence
 from trace_offline.estimators.event_order import order_of_events
-from trace_offline.estimators.history_noise import NoiseUnknown, estimate_noise
+from trace_offline.estimators.history_noise import Noise, NoiseUnknown, estimate_noise
 from trace_offline.estimators.peak import find_peak
 
 SHARE = 0.5  # emergence: half of the rise
 LEVEL = 0.05  # chance to report an event where there is none
 EARLY = 0.25  # a peak is early when its interval ends within this share of the training
+HALF = 0.5  # a curve goes only one way when the way back is surely below this share of it
+Z = 1.96
 DECAY = 0.5  # a peak decays when the last level is below this share of its height
 
 Runs = Mapping[str, Mapping[str, Curve]]
@@ -66,7 +68,10 @@ def _look(curve: Curve, finder: Callable[..., Any]) -> Any:
     steps, values = (np.asarray(curve[name], float) for name in ("steps", "values"))
     stderr = np.asarray([np.nan if each is None else each for each in curve["stderr"]], float)
     try:
-        return finder(steps, values, estimate_noise(steps, values, stderr))
+        # The noise of the measurement, where it is known. The change from one of these few checkpoints to the next is
+        # what is asked about, and no noise.
+        noise = Noise(stderr, "stderr") if (stderr > 0).all() else estimate_noise(steps, values, stderr)
+        return finder(steps, values, noise)
     except (NoEvent, NoiseUnknown) as reason:
         return str(reason)
 
@@ -142,6 +147,30 @@ def shape(curve: Curve) -> str:
     return "flat"
 
 
+def only_one_way(curve: Curve) -> bool:
+    """Whether one of the two excursions, down to the lowest value or up from it, is surely below half of the other.
+
+    By the upper end of its 95 % interval; that the lowest of all is taken errs towards no.
+    """
+    values, errors = curve["values"], curve["stderr"]
+    low = int(np.argmin(values))
+    ways = []
+    for end in (0, -1):
+        if errors[low] is None or errors[end] is None:
+            return False
+        size = values[end] - values[low]
+        ways.append((size, size + Z * float(np.hypot(errors[end], errors[low])) if end != low else 0.0))
+    (down, most_down), (up, most_up) = ways
+    return most_up < HALF * down or most_down < HALF * up
+
+
+def _turns(curve: Curve, form: str) -> str:
+    """``yes``, ``no`` or ``not shown``: to have seen no second half is no answer, to have excluded it is one."""
+    if form == "falls, then rises":
+        return "yes"
+    return "no" if form == "rises, then falls" or (form in ("falls", "rises") and only_one_way(curve)) else "not shown"
+
+
 def dimension_falls_and_rises(runs: Runs) -> dict[str, Any]:
     """Claim 2: the dimension of every layer from 1 on; the verdict is about all layers of all runs.
 
@@ -154,8 +183,7 @@ def dimension_falls_and_rises(runs: Runs) -> dict[str, Any]:
         }
         for measure in (DIMENSION, FLATTENED)
     )
-    answers = {"falls, then rises": "yes", "flat": "not shown"}  # to see nothing is no answer
-    each = [answers.get(form, "no") for layers in shapes.values() for form in layers.values()]
+    each = [_turns(runs[run][key], form) for run, layers in shapes.items() for key, form in layers.items()]
     keys = sorted({key for layers in shapes.values() for key in layers})
     return {
         "verdict": together(each),
@@ -188,8 +216,8 @@ def curvature_peaks_early(runs: Runs) -> dict[str, Any]:
 def over_runs(curves: Sequence[Curve]) -> dict[str, Any] | None:
     """Where the mean of the logarithms is highest, against the first and the last step: ratios over runs.
 
-    Student's intervals for the geometric mean ratio; p two-sided, times the number of inner steps that were looked at.
-    None for fewer than two runs, for fewer than three common steps, and for values that are not positive.
+    Student's intervals for the geometric mean ratio and two-sided p, both for as many inner steps as were looked at
+    (Bonferroni). None for fewer than two runs, for fewer than three common steps, and for values that are not positive.
     """
     steps = sorted(set.intersection(*(set(curve["steps"]) for curve in curves))) if curves else []
     tables = [dict(zip(curve["steps"], curve["values"], strict=True)) for curve in curves]
@@ -202,7 +230,7 @@ def over_runs(curves: Sequence[Curve]) -> dict[str, Any] | None:
     rise, fall = logs[:, top] - logs[:, 0], logs[:, -1] - logs[:, top]
     for name, difference in (("top_over_start", rise), ("end_over_top", fall)):
         test = stats.ttest_1samp(difference, 0.0)
-        interval = test.confidence_interval(0.95)
+        interval = test.confidence_interval(1 - 0.05 / (len(steps) - 2))
         found[name] = {
             "ratio": float(np.exp(difference.mean())),
             "low": float(np.exp(interval.low)),
@@ -220,7 +248,8 @@ def peak_before_turn(runs: Runs) -> dict[str, Any]:
     peaks = events_of(runs, [TRACE_OF_HESSIAN.key], peak)[TRACE_OF_HESSIAN.key]
     turns = {run: turn(_last_layer(curves)) for run, curves in runs.items() if f"{DIMENSION.key}@1" in curves}
     main = comes_first(peaks, turns)
-    monotone = [run for run in turns if shape(_last_layer(runs[run])) in ("rises", "falls")]
+    last = {run: _last_layer(runs[run]) for run in turns}
+    monotone = [run for run in turns if shape(last[run]) in ("rises", "falls") and only_one_way(last[run])]
     if turns and len(monotone) == len(turns):
         main["verdict"] = "no turn"
     learnt = events_of(runs, [measure.key for measure in (*SYNTAX, *ROLES)], emergence)

@@ -80,6 +80,34 @@ TOP_FIVE = tuple(
 )
 NEGATIVE = Measure("negative_mass", "share of negative curvature", "hessian", "negative_mass", "sentences")
 LOSS = Measure("loss", "held-out loss", "loss", "loss", "sentences")
+WELL_FORMED = Measure(
+    "well_formed", "sampled sentences without an error", "sampled_sentences", "well_formed", "sentences"
+)
+MISTAKES = tuple(
+    Measure(
+        f"mistake_{kind}", f"sampled sentences with {words}", "sampled_sentences", "error_rate", "sentences", label=kind
+    )
+    for kind, words in (
+        ("unknown_word", "an unknown word"),
+        ("unknown_frame", "an argument that the verb does not have"),
+        ("missing_role", "an argument missing"),
+        ("wrong_class", "a word of a class that cannot stand there"),
+        ("broken_agreement", "broken agreement"),
+        ("repetition", "a repetition"),
+        ("unfinished", "no proper end"),
+    )
+)
+OVER_NGRAM = tuple(
+    Measure(f"over_{name}", f"loss above that of a {name} model", "ngram", "loss_difference", "sentences", label=str(n))
+    for n, name in enumerate(("unigram", "bigram", "trigram"), 1)
+)
+REMEMBERED, REMEMBERED_MORE = (
+    Measure(key, title, "memorization", metric, "seen_and_new", task="text")
+    for key, title, metric in (
+        ("remembered", "held-out loss less that of training sentences", "loss_gap"),
+        ("remembered_more", "the same, less that of a trigram model", "excess_loss_gap"),
+    )
+)
 ROLE_FROZEN, NUMBER_FROZEN = (
     Measure(
         f"{key}_frozen", f"{title}, by the probe of the last checkpoint", "probe_transfer", "frozen_accuracy",
@@ -89,7 +117,7 @@ ROLE_FROZEN, NUMBER_FROZEN = (
 )  # fmt: skip
 MEASURES = (
     LOSS, *SYNTAX, *ROLES, DIMENSION, FLATTENED, TRACE_OF_HESSIAN, TOP, *TOP_FIVE[1:], NEGATIVE, ROLE_FROZEN,
-    NUMBER_FROZEN,
+    NUMBER_FROZEN, WELL_FORMED, *MISTAKES, *OVER_NGRAM, REMEMBERED, REMEMBERED_MORE,
 )  # fmt: skip
 
 Curve = dict[str, list[Any]]

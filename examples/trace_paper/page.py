@@ -5,59 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from claims import DECAY, EARLY, SHARE
+from answers import ANSWERS, QUESTIONS, groups, verdicts
+from claims import SHARE
+from curvature import curvature, peak
 from in_short import SHORT, TITLES
 from measures import FLATTENED, LOSS, ROLE_FROZEN, ROLE_READ, ROLES, SYNTAX
-
-ANSWERS = {
-    "yes": "Yes",
-    "no": "No",
-    "mixed": "It depends on what is compared",
-    "not shown": "Not shown",
-    "no turn": "There is no turn to precede",
-}
-QUESTIONS = {
-    "syntax_before_roles": "Is syntax earlier than roles?",
-    "dimension_falls_and_rises": "Does intrinsic dimension fall and rise?",
-    "curvature_peaks_early": "Does curvature peak early and decay?",
-    "peak_before_turn": "Does the peak precede the turn?",
-}
+from tables import lowest, number, step_of, table
+from writing import written
 
 
 def write_page(results: Mapping[str, Any]) -> str:
     """The whole page as Markdown."""
     parts = [_head(results), _answers(results), _made(results)]
-    parts += [_learning(results), _dimension(results), _curvature(results), _peak(results)]
+    parts += [_learning(results), _dimension(results), curvature(results), peak(results), written(results)]
     parts += [_caveats(results), _again(results)]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
-
-
-def step_of(event: Any) -> str:
-    """``512 (448-640)``, or a dash where there is no event."""
-    return f"{event['step']:,} ({event['low']:,}-{event['high']:,})" if isinstance(event, Mapping) else "–"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-    return "\n".join(lines)
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A number with so many digits that count."""
-    return "–" if value is None else f"{value:.{digits}g}"
-
-
-def lowest(curve: Mapping[str, Any]) -> str:
-    """The smallest value and its step."""
-    value, step = min(zip(curve["values"], curve["steps"], strict=True))
-    return f"{number(value)} at {step:,}"
-
-
-def groups(results: Mapping[str, Any]) -> list[str]:
-    """The groups that were judged: one for each number of layers, and all runs where there are several."""
-    found = [name for name in results["claims"] if name != "all runs"]
-    return found + (["all runs"] if len(found) > 1 else [])
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
 def _head(results: Mapping[str, Any]) -> str:
@@ -112,8 +74,8 @@ def _made(results: Mapping[str, Any]) -> str:
             f"{run['steps']:,}",
             number(results["curves"][name][LOSS.key]["values"][-1]),
             lowest(results["curves"][name][LOSS.key]),
-            f"{run['training_seconds']:,.0f}",
-            f"{run['analysis_seconds']:,.0f}",
+            _seconds(run["training_cpu_seconds"]),
+            _seconds(run["analysis_cpu_seconds"]),
         ]
         for name, run in results["runs"].items()
     ]
@@ -125,8 +87,8 @@ def _made(results: Mapping[str, Any]) -> str:
         "steps",
         "held-out loss (nats)",
         "lowest",
-        "training s",
-        "analysis s",
+        "training (CPU s)",
+        "analysis (CPU s)",
     ]
     return f"""
 ## What was trained
@@ -148,8 +110,13 @@ weights, order of sentences and dropout. So the seeds speak of training, not of 
 
 Measured on {scale["sentences"]:,} held-out sentences, {scale["words"]:,} further ones for the probe of word classes,
 and up to {scale["pairs"]:,} pairs of sentences for each kind of preference. Machine: {results["machine"]},
-{results["date"]}; seconds are wall time of one process, while other work ran on the machine.
+{results["date"]}. Seconds are those of one core, since other work ran on the machine at the time (a dash: not
+recorded); the analysis shares them among as many processes as there are cores.
 """
+
+
+def _seconds(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
 
 
 def _learning(results: Mapping[str, Any]) -> str:
@@ -162,7 +129,7 @@ def _learning(results: Mapping[str, Any]) -> str:
     return f"""
 ## {QUESTIONS["syntax_before_roles"]}
 
-{_verdicts(results, "syntax_before_roles")}
+{verdicts(results, "syntax_before_roles")}
 
 Both are asked in two ways, of what the model **predicts** and of what a **probe** reads from its last layer:
 
@@ -190,7 +157,7 @@ section. The step at which each measure had made half of its rise, for good (bet
 
 {_order_table(claim["pairs"])}
 
-*ratio*: geometric mean of the step of the first over that of the second, over runs, with Student's interval. *p*: sign
+*ratio*: geometric mean of step + 1 of the first over that of the second, over runs, with Student's interval. *p*: sign
 test, two-sided; with so many runs it cannot be lower than *lowest p*.
 
 {_trace_probe(results)}
@@ -277,10 +244,11 @@ def _dimension(results: Mapping[str, Any]) -> str:
     return f"""
 ## {QUESTIONS["dimension_falls_and_rises"]}
 
-{_verdicts(results, "dimension_falls_and_rises")}
+{verdicts(results, "dimension_falls_and_rises")}
 
 How many dimensions the hidden states of single words fill, by TwoNN on distinct points (layers from 1 on; layer 0
-holds one point for each word and place and no cloud). A shape counts when it lies beyond the noise of the estimate.
+holds one point for each word and place and no cloud). A shape counts when it lies beyond the noise of the estimate;
+*falls* (*rises*) says that no way back was seen, and answers the claim only where that way is surely below half of it.
 
 ![Intrinsic dimension over training](images/trace_paper_dimension.svg)
 
@@ -290,97 +258,6 @@ holds one point for each word and place and no cloud). A shape counts when it li
 is of whole sentences, lengths included, and scatters by several dimensions from one draw of rows to the next. Where its
 shape differs from that of the words, the phases seen with it belong to the number and not to the representations.
 """
-
-
-def _curvature(results: Mapping[str, Any]) -> str:
-    claim = results["claims"]["all runs"]["curvature_peaks_early"]
-    rows = []
-    for key, events in claim["events"].items():
-        for run, event in events.items():
-            values = results["curves"][run][key]["values"]
-            rows.append(
-                [
-                    TITLES[key],
-                    run,
-                    step_of(event),
-                    number(values[0]),
-                    number(max(values)),
-                    number(values[-1]),
-                    claim["runs"][key][run],
-                ]
-            )
-    head = ["measure", "run", "peak", "at step 0", "highest", "at the end", "early and decaying"]
-    return f"""
-## {QUESTIONS["curvature_peaks_early"]}
-
-{_verdicts(results, "curvature_peaks_early")}
-
-Curvature of the loss on a fixed sample of held-out sentences: the trace of the Hessian (over random vectors, with
-standard error) and its largest eigenvalue. *Early*: the peak's interval ends within the first {EARLY:.0%} of the steps.
-*Decaying*: the last level is below {DECAY:.0%} of the peak.
-
-![Curvature over training](images/trace_paper_curvature.svg)
-
-{table(head, rows)}
-
-{_over_runs(claim)}
-
-**As TRACE does it**: the sum of five eigenvalues is called the trace (orange). It follows the sharpest directions and
-says nothing of the rest of the spectrum.
-"""
-
-
-def _over_runs(claim: Mapping[str, Any]) -> str:
-    rows = []
-    for key, found in claim["over_runs"].items():
-        if found is not None:
-            ratios = [found[name] for name in ("top_over_start", "end_over_top")]
-            shown = [f"{number(r['ratio'])} ({number(r['low'])}-{number(r['high'])})" for r in ratios]
-            tests = [number(ratio["p"], 2) for ratio in ratios]
-            rows.append([TITLES[key], f"{found['step']:,}", shown[0], tests[0], shown[1], tests[1]])
-    if not rows:
-        return ""
-    head = ["measure", "highest at", "highest / first", "p", "last / highest", "p"]
-    return f"""
-A peak in one run has to rise above the scatter of its few checkpoints. Taken together the runs say more: the step at
-which their geometric mean is highest, and what it is there in proportion to the first and the last step (Student's
-intervals over runs, p times the number of steps looked at):
-
-{table(head, rows)}"""
-
-
-def _peak(results: Mapping[str, Any]) -> str:
-    claim = results["claims"]["all runs"]["peak_before_turn"]
-    runs = list(results["runs"])
-    rows = [
-        [name, *(step_of(claim["events"][key].get(run)) for run in runs)]
-        for key, name in (("peak", "peak of the trace"), ("turn", "turn of the dimension, last layer"))
-    ]
-    learnt = [
-        [
-            TITLES[key],
-            f"{each['earlier']} of {each['runs']}",
-            f"{each['later']} of {each['runs']}",
-            number(each.get("order", {}).get("p_sign")),
-        ]
-        for key, each in claim["learnt"].items()
-    ]
-    return f"""
-## {QUESTIONS["peak_before_turn"]}
-
-{_verdicts(results, "peak_before_turn")}
-
-{table(["", *runs], rows)}
-
-And against what is learnt: is the peak of the trace surely before, or surely after, half of the rise of each measure?
-
-{table(["measure", "peak surely before", "peak surely after", "p"], learnt)}
-"""
-
-
-def _verdicts(results: Mapping[str, Any], claim: str) -> str:
-    said = [f"{ANSWERS[results['claims'][group][claim]['verdict']]} ({group})" for group in groups(results)]
-    return "**" + "; ".join(said) + ".**"
 
 
 def _caveats(results: Mapping[str, Any]) -> str:
@@ -398,8 +275,8 @@ def _caveats(results: Mapping[str, Any]) -> str:
 
 - Runs: {shown}. A sign test over {n} runs cannot give p below {number(2.0 ** (1 - n))}, however clear they are.
   Within a run the intervals are narrow; across runs the strength lies in how alike they are.{four}
-- Curvature is that of 16 sentences, its trace from few random vectors. At step 0, where as much curves down as
-  up, it is hardly known (see its band), and a peak of the trace is as hard to show.
+- Curvature is that of 32 sentences; its trace is from 96 random vectors. At step 0, where as much curves down as
+  up, it is known least (see its band).
 - The seeds share one corpus. Another draw of sentences, or another language, is not covered.
 - Intervals of events are between checkpoints: nothing finer than their spacing can be known.
 - The learning rate still rises until step {warmup:,}: what peaks or turns before that does so during warm-up, and may

@@ -16,6 +16,9 @@ from measures import (
     NUMBER_FROZEN,
     NUMBER_NEAR,
     NUMBER_READ,
+    OVER_NGRAM,
+    REMEMBERED,
+    REMEMBERED_MORE,
     ROLE_FAR,
     ROLE_FROZEN,
     ROLE_NEAR,
@@ -25,6 +28,7 @@ from measures import (
     TOP,
     TOP_FIVE,
     TRACE_OF_HESSIAN,
+    WELL_FORMED,
     WORD_CLASS_READ,
     WORD_CLASS_SAID,
     Curve,
@@ -48,7 +52,7 @@ COLOURS = {
 LAYER_COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7")
 STYLES = ("-", "--", ":", "-.")
 Z = 1.96
-NAMES = ("learning", "dimension", "curvature", "order")
+NAMES = ("learning", "dimension", "curvature", "order", "writing")
 
 STYLE = {
     "font.size": 9,
@@ -73,7 +77,7 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
         by_layers.setdefault(facts["layers"], {})[run] = results["curves"].get(run, {})
     paths = []
     with mpl.rc_context(STYLE):
-        for name, body in zip(NAMES, (_learning, _dimension, _curvature, _order), strict=True):
+        for name, body in zip(NAMES, (_learning, _dimension, _curvature, _order, _writing), strict=True):
             figure = body(by_layers, results)
             paths.append(folder / f"trace_paper_{name}.svg")
             figure.savefig(paths[-1], metadata={"Date": None, "Creator": None}, bbox_inches="tight")
@@ -180,6 +184,24 @@ def _curvature(models: Mapping[int, Curves], results: Mapping[str, Any]) -> Any:
         column[2].set_xlabel("training step")
     figure.tight_layout()
     _legends(grid[:1, -1])
+    return figure
+
+
+def _writing(models: Mapping[int, Curves], results: Mapping[str, Any]) -> Any:
+    figure, grid = plt.subplots(3, len(models), figsize=(5 * len(models), 8), sharex=True, squeeze=False)
+    for column, (layers, runs) in zip(grid.T, sorted(models.items()), strict=True):
+        line(column[0], runs, WELL_FORMED.key, "#0072b2", WELL_FORMED.title)
+        _steps(column[0], f"{layers} layers: what they write", "share")
+        for measure, colour in zip(OVER_NGRAM, LAYER_COLOURS, strict=False):
+            line(column[1], runs, measure.key, colour, measure.title)
+        for measure, colour in zip((REMEMBERED, REMEMBERED_MORE), LAYER_COLOURS[1:], strict=False):
+            line(column[2], runs, measure.key, colour, measure.title)
+        for axes, title in zip(column[1:], ("against n-grams", "what is remembered"), strict=True):
+            axes.axhline(0, color="grey", linewidth=0.6)
+            _steps(axes, title, "nats a word")
+        column[2].set_xlabel("training step")
+    figure.tight_layout()
+    _legends(grid[:, -1])
     return figure
 
 

@@ -29,9 +29,7 @@ from pictures import draw
 from sets import build_sets
 from train import Setting, train
 
-from trace_offline.analyzers.registry import registry
 from trace_offline.api import analyze
-from trace_offline.query.reader import Store
 from trace_offline.store.merge import merge
 
 HERE = Path(__file__).parent
@@ -41,8 +39,12 @@ CHEAP = (0, 16, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1536,
 PROBED = (0, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1536)
 WORDS = (0, 64, 128, 192, 256, 384, 640)
 CURVED = (0, 16, 64, 128, 256, 384, 512, 768, 1024, 1536, 2560)
-HESSIANS = (0, 64, 128, 256, 384, 512, 768, 1024, 2560)
-HESSIAN = {"k": 5, "tolerance": 0.01, "max_steps": 40, "slq_probes": 2, "slq_steps": 8, "trace_probes": 6}
+HESSIANS = (0, 16, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2560)
+# At step 0 as much curves down as up, and the trace needs many random vectors.
+HESSIAN = {
+    "k": 5, "tolerance": 0.01, "max_steps": 40, "slq_probes": 2, "slq_steps": 8, "trace_probes": 96,
+    "max_sequences": 32,
+}  # fmt: skip
 DIMENSION = {"max_samples": 1000, "gride_to": 0, "trace_flattened": True}
 FIT = {"penalties": (0.01,), "tolerance": 2e-3}
 
@@ -66,8 +68,9 @@ def parts(setting: Setting) -> tuple[Part, ...]:
         Part("sentences", {"intrinsic_dimension": DIMENSION}, CURVED),
         Part("words", {"probe": {"control": False, "split_by": "word_type", "max_words": 1500, **FIT}}, WORDS),
         Part("sentences", {"hessian": HESSIAN}, HESSIANS),
-        Part("sentences", {name: {} for name in ("output_classes", "ngram", "memorization")}, WORDS),
-        Part("sentences", {"sampled_sentences": {"sentences": 400}}, WORDS),
+        Part("sentences", {"ngram": {}}, CHEAP),
+        Part("seen_and_new", {"memorization": {}}, CHEAP),
+        Part("sentences", {"sampled_sentences": {"sentences": 400}}, CURVED),
     )
 
 
@@ -97,29 +100,29 @@ def measured_steps(setting: Setting, part: Part) -> tuple[int, ...]:
 
 
 def analyze_run(folder: Path, store: Path, setting: Setting, sets: dict[str, Path], jobs: int | None) -> None:
-    """All parts for one run; analyzers that this release does not have are said and left out."""
-    known = set(registry().analyzers)
+    """All parts for one run; the CPU time they take, over all interruptions, is kept in ``analysis.json`` beside it."""
+    clock = folder / setting.name / "analysis.json"
+    took = json.loads(clock.read_text(encoding="utf-8"))["cpu_seconds"] if clock.exists() else 0.0
     for part in parts(setting):
-        params = {name: given for name, given in part.params.items() if name in known}
-        for name in sorted(part.params.keys() - known):
-            print(f"{setting.name}: no analyzer {name}, left out", flush=True)
-        if not params:
-            continue
+        started = sum(os.times()[:4])  # of this process and of its workers
         summary = analyze(
             folder / setting.name,
             sets[part.evaluation_set],
             store,
-            analyzers=tuple(params),
-            params=params,
+            analyzers=tuple(part.params),
+            params=part.params,
             steps=",".join(map(str, measured_steps(setting, part))),
             run=setting.name,
             jobs=jobs,
         )
         print(
-            f"{setting.name}: {', '.join(params)}: {summary.ok} done, {summary.already_done} were there, "
+            f"{setting.name}: {', '.join(part.params)}: {summary.ok} done, {summary.already_done} were there, "
             f"{summary.failed + summary.crashed} failed",
             flush=True,
         )
+        if summary.ok:
+            took += sum(os.times()[:4]) - started
+            clock.write_text(json.dumps({"cpu_seconds": round(took, 1)}) + "\n", encoding="utf-8")
         for problem in summary.problems:
             print(f"  {problem}", flush=True)
         if summary.failed or summary.crashed:
@@ -130,10 +133,8 @@ def collect(store: Path, trained: Sequence[dict[str, Any]], scale: Scale) -> dic
     """Everything the page says, as JSON: curves, answers, the runs and where they were made."""
     names = {run["name"] for run in trained}
     curves = {run: rounded(each) for run, each in read_curves(store).items() if run in names}
-    seconds = Store.open(store).sql("select run, sum(seconds) as seconds from status group by run").to_pylist()
-    took = {row["run"]: row["seconds"] for row in seconds}
     return {
-        "machine": f"{len(os.sched_getaffinity(0))}-core {platform.machine()} CPU",
+        "machine": f"{cores()}-core {platform.machine()} CPU",
         "date": date.today().isoformat(),
         "versions": {name: version(name) for name in ("trace-offline", "torch", "transformers", "numpy", "scipy")},
         "scale": asdict(replace(scale, setting=replace(scale.setting, layers=0, seed=0))),
@@ -144,8 +145,8 @@ def collect(store: Path, trained: Sequence[dict[str, Any]], scale: Scale) -> dic
                 "parameters": run["parameters"],
                 "steps": run["steps"],
                 "tokens_seen": run["tokens_seen"],
-                "training_seconds": run["seconds"],
-                "analysis_seconds": round(took.get(run["name"], 0.0), 1),
+                "training_cpu_seconds": run.get("cpu_seconds"),
+                "analysis_cpu_seconds": run["analysis"]["cpu_seconds"],
             }
             for run in trained
         },
@@ -157,6 +158,11 @@ def collect(store: Path, trained: Sequence[dict[str, Any]], scale: Scale) -> dic
         }
         | {"all runs": judge(curves)},
     }
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def rounded(value: Any) -> Any:
@@ -200,12 +206,14 @@ def main() -> None:
 
     trained = []
     for setting in [each for each in settings if given.only in (None, each.name)]:
-        if given.page_only and not (folder / setting.name / "training.json").exists():
-            raise SystemExit(f"{setting.name} has not been trained; leave --page-only out.")
-        trained.append(train(folder, setting))
+        if given.page_only and not (folder / setting.name / "analysis.json").exists():
+            raise SystemExit(f"{setting.name} has not been analyzed; leave --page-only out.")
+        result = train(folder, setting)
         if not given.page_only:
             sets = build_sets(folder, setting, sentences=scale.sentences, words=scale.words, pairs=scale.pairs)
             analyze_run(folder, stores[setting.name], setting, sets, given.jobs)
+        analysis = json.loads((folder / setting.name / "analysis.json").read_text(encoding="utf-8"))
+        trained.append({**result, "analysis": analysis})
     if given.only:
         return
     merge(list(stores.values()), store)

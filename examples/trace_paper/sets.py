@@ -12,7 +12,7 @@ from train import Setting, make_tokenizer
 
 from trace_offline.corpus import CorpusParams, LexiconParams, read_jsonl
 from trace_offline.corpus.interventions import Pair, intervene_all, write_pairs
-from trace_offline.corpus.params import Origin, write_origin
+from trace_offline.corpus.params import origin_path
 from trace_offline.evaluation.build import build_evaluation_set
 
 TASKS = ("pos", "role", "subject_number", "agreement", "attractors")
@@ -103,12 +103,18 @@ def balanced(pairs: Iterable[Pair], most: int) -> list[Pair]:
     return chosen
 
 
+def write_grammar(source: Path, params: CorpusParams) -> None:
+    """Put the grammar beside a file. Without seed and count: the sentences are no first part of what was drawn."""
+    origin_path(source).write_text(json.dumps({"params": params.to_record()}) + "\n", encoding="utf-8")
+
+
 def build_sets(folder: Path, setting: Setting, *, sentences: int, words: int, pairs: int) -> dict[str, Path]:
-    """The three sets, by name → folder; those that are there are kept.
+    """The four sets, by name → folder; those that are there are kept.
 
     ``sentences``: held-out sentences with all tasks, the other form of every verb, and what the training text says
     about them. ``words``: further held-out sentences with parts of speech only, for probes that never see a word of
-    the test in training. ``changed``: held-out sentences and the same with one word changed, ``pairs`` of each kind.
+    the test in training. ``seen_and_new``: as many training sentences as held-out ones. ``changed``: held-out
+    sentences and the same with one word changed, ``pairs`` of each kind.
     """
     made = folder / "sets"
     made.mkdir(exist_ok=True)
@@ -117,7 +123,7 @@ def build_sets(folder: Path, setting: Setting, *, sentences: int, words: int, pa
     tokenizer = made / "tokenizer"
     if not tokenizer.exists():
         make_tokenizer(folder).save_pretrained(tokenizer)
-    found = {name: made / name for name in ("sentences", "words", "changed")}
+    found = {name: made / name for name in ("sentences", "words", "seen_and_new", "changed")}
     held_out = folder / "held_out.jsonl"
     for name, start, stop in (("sentences", 0, sentences), ("words", sentences, sentences + words)):
         if found[name].exists():
@@ -125,7 +131,7 @@ def build_sets(folder: Path, setting: Setting, *, sentences: int, words: int, pa
         records = [annotated(record) for record in read_records(held_out, start, stop)]
         source = made / f"{name}.jsonl"
         source.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        write_origin(source, Origin(setting.corpus_seed, len(records), params))
+        write_grammar(source, params)
         both = name == "sentences"
         build_evaluation_set(
             found[name],
@@ -136,6 +142,20 @@ def build_sets(folder: Path, setting: Setting, *, sentences: int, words: int, pa
             licence=LICENCE,
             training_text=[folder / "train.jsonl"] if both else (),
         )
+    if not found["seen_and_new"].exists():
+        source = made / "seen_and_new.jsonl"
+        train = folder / "train.jsonl"
+        records = read_records(train, 0, words) + read_records(held_out, sentences, sentences + words)
+        source.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        build_evaluation_set(
+            found["seen_and_new"],
+            [source],
+            tokenizer=tokenizer,
+            tasks=(),
+            name="seen_and_new",
+            licence=LICENCE,
+            training_text=[train],
+        )
     if not found["changed"].exists():
         source = made / "changed.jsonl"
         every = (
@@ -145,6 +165,6 @@ def build_sets(folder: Path, setting: Setting, *, sentences: int, words: int, pa
             if pair is not None
         )
         write_pairs(source, balanced(every, pairs))
-        write_origin(source, Origin(setting.corpus_seed, len(read_records(held_out)), params))
+        write_grammar(source, params)
         build_evaluation_set(found["changed"], [source], tokenizer=tokenizer, tasks=(), name="changed", licence=LICENCE)
     return found

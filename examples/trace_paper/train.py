@@ -222,9 +222,10 @@ def train(folder: Path, setting: Setting, *, stop_after: int | None = None) -> d
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-        step, tokens_seen, seconds, recent = (state[key] for key in ("step", "tokens_seen", "seconds", "recent"))
+        step, tokens_seen, seconds, recent = (state[key] for key in ("step", "tokens_seen", "cpu_seconds", "recent"))
         print(f"{setting.name}: continues at step {step}", flush=True)
-    started = time.perf_counter() - seconds
+    # CPU seconds of this one thread: what a quiet machine would take, whatever else runs beside it.
+    started = time.process_time() - seconds
     kept = set(setting.kept())
     model.train()
 
@@ -234,14 +235,14 @@ def train(folder: Path, setting: Setting, *, stop_after: int | None = None) -> d
         elif step in kept:
             _must_equal(model, run / f"step{step}")
         if step in kept:
-            seconds = time.perf_counter() - started
+            seconds = time.process_time() - started
             _save_state(
                 run / STATE,
                 {
                     "setting": asdict(setting),
                     "step": step,
                     "tokens_seen": tokens_seen,
-                    "seconds": seconds,
+                    "cpu_seconds": seconds,
                     "recent": recent,
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
@@ -249,7 +250,7 @@ def train(folder: Path, setting: Setting, *, stop_after: int | None = None) -> d
                 },
             )
             shown = f"{sum(recent) / len(recent):.3f}" if recent else "-"
-            print(f"{setting.name}  step {step:>5}  training loss {shown}  {seconds:7.1f} s", flush=True)
+            print(f"{setting.name}  step {step:>5}  training loss {shown}  {seconds:7.1f} CPU s", flush=True)
         if step == setting.steps or step == stop_after:
             break
         for group in optimizer.param_groups:
@@ -268,7 +269,7 @@ def train(folder: Path, setting: Setting, *, stop_after: int | None = None) -> d
         "parameters": model.num_parameters(),
         "steps": step,
         "tokens_seen": tokens_seen,
-        "seconds": round(seconds, 1),
+        "cpu_seconds": round(seconds, 1),
         "torch": torch.__version__.split("+")[0],
         "machine": f"{platform.machine()} CPU, one thread",
         "training_loss_of_last_100_steps": sum(recent) / len(recent) if recent else None,
