@@ -122,9 +122,14 @@ def test_labels_before_their_position(tmp_path: Path) -> None:
     assert targets.tolist() == [[5, -100, -100], [8, 9, -100]], "the label of the first position has no prediction"
 
 
-def test_nothing_is_predicted_from_padding_on_the_left(tmp_path: Path) -> None:
-    folder = save_evaluation_set(tmp_path / "e", torch.tensor([[0, 0, 5, 6]]), torch.tensor([[0, 0, 1, 1]]))
-    assert EvaluationSet.load(folder).tokens(0, 1).targets.tolist() == [[-100, -100, 6, -100]]
+@pytest.mark.parametrize(("mask", "place"), [([0, 0, 1, 1], 2), ([1, 0, 1, 1], 2), ([1, 1, 0, 1], 3)])
+def test_text_behind_padding_is_refused(tmp_path: Path, mask: list[int], place: int) -> None:
+    """Learned positions are counted from the first column: such a row would get those of other tokens."""
+    rows = torch.tensor([[1, 2, 3, 4], [0, 0, 5, 6]])
+    with pytest.raises(
+        EvaluationSetError, match=f"row 1 has a token at position {place}, after padding.*pad on the right"
+    ):
+        save_evaluation_set(tmp_path / "e", rows, torch.tensor([[1, 1, 1, 1], mask]))
 
 
 @given(data=st.data())
@@ -133,9 +138,8 @@ def test_targets_against_a_plain_loop(tmp_path_factory: pytest.TempPathFactory, 
     n, t = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))
     cells = st.lists(st.lists(st.integers(0, 5), min_size=t, max_size=t), min_size=n, max_size=n)
     ids = data.draw(cells)
-    mask = [[int(cell > 1) for cell in row] for row in data.draw(cells)]
-    for row in mask:
-        row[data.draw(st.integers(0, t - 1))] = 1
+    lengths = [data.draw(st.integers(1, t)) for _ in range(n)]
+    mask = [[int(at < length) for at in range(t)] for length in lengths]
     shifted = data.draw(st.booleans())
     labels = [[cell - 1 if cell else -100 for cell in row] for row in data.draw(cells)]
     explicit = not shifted or data.draw(st.booleans())

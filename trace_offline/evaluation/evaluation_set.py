@@ -246,7 +246,6 @@ class EvaluationSet:
         if not self.labels_shifted:
             return labels
         targets = np.full_like(labels, IGNORED)
-        # A prediction made at a padded position is no prediction, even when the token after it is real (left padding).
         targets[:, :-1] = np.where(mask[:, :-1], labels[:, 1:], IGNORED)
         return targets
 
