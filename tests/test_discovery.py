@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from checkpoint_files import NOW, aged, hf_folder, tokenizer, trainer_folder, we
 from conftest import shared_data
 from safetensors.numpy import save_file
 
+from trace_offline.checkpoints import duplicates
 from trace_offline.checkpoints.discover import discover, select
-from trace_offline.core.errors import CheckpointError
+from trace_offline.checkpoints.layouts import raw_files
+from trace_offline.core.errors import CheckpointError, UsageError
 from trace_offline.core.steps import parse_steps
 from trace_offline.core.types import Checkpoint, CheckpointState
 
@@ -193,6 +196,82 @@ def test_record_beside_the_weights_wins(tmp_path: Path) -> None:
     (folder / "trace_offline.json").write_text('{"format_version": 1, "step": 64, "tokens_seen": 4096}')
     (found,) = find(aged(tmp_path))
     assert (found.step, found.tokens_seen, found.reason) == (64, 4096, None)
+
+
+def test_a_record_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    for text, words in (
+        ('{"step": 64,}', r"Its trace_offline.json cannot be read as JSON \(.*column.*\) and was not used\. Its step"),
+        ("[64]", r'Its trace_offline.json is no JSON object such as \{"step": 500\} and was not used\.'),
+        ('{"step": "64"}', r"Its trace_offline.json gives a step that is no whole number of at least 0\."),
+    ):
+        hf_folder(tmp_path / "model", 1)
+        (tmp_path / "model" / "trace_offline.json").write_text(text)
+        (found,) = find(aged(tmp_path))
+        assert found.step is None
+        assert re.match(words, str(found.reason)), found.reason
+
+
+def test_a_folder_called_runs_is_looked_into(tmp_path: Path) -> None:
+    for step in (1, 2):
+        hf_folder(tmp_path / "runs" / "m" / f"step{step}", step)
+    (tmp_path / "runs" / "Nov21_host").mkdir()
+    (tmp_path / "runs" / "Nov21_host" / "events.out.tfevents.1.host").write_bytes(b"x")
+    assert table(find(aged(tmp_path))) == [(1, "hf_folder", "complete"), (2, "hf_folder", "complete")]
+
+
+@pytest.mark.parametrize("source", ["", " "])
+def test_an_empty_source_is_no_folder(source: str) -> None:
+    with pytest.raises(UsageError, match="SOURCE is empty"):
+        discover(source)
+
+
+def removing(monkeypatch: pytest.MonkeyPatch, name: str, victim: Path) -> None:
+    """Remove ``victim`` at the first call of a function of trace_offline.checkpoints.duplicates."""
+    real = getattr(duplicates, name)
+
+    def remove_first(*given: object) -> object:
+        shutil.rmtree(victim, ignore_errors=True)
+        return real(*given)
+
+    monkeypatch.setattr(duplicates, name, remove_first)
+
+
+@pytest.mark.parametrize("moment", ["_sample", "fingerprint", "weights_digest", "_mark_shards"])
+def test_a_checkpoint_removed_while_it_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    for step in (1, 2, 3):
+        # two shards, the first the same at all steps, so that everything is compared
+        folder = hf_folder(tmp_path / f"checkpoint-{step}", step)
+        (folder / "model.safetensors").unlink()
+        names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+        save_file({"a": np.zeros(4, np.float32)}, folder / names[0])
+        save_file({"b": np.full(4, step if step < 3 else 2, np.float32)}, folder / names[1])
+        index = {"metadata": {}, "weight_map": {"a": names[0], "b": names[1]}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    aged(tmp_path)
+    removing(monkeypatch, moment, tmp_path / "checkpoint-2")
+    found = {item.step: item for item in find(tmp_path)}
+    assert found[2].state is CheckpointState.UNREADABLE
+    assert found[2].reason == "It was removed while it was looked at."
+    assert found[1].state is CheckpointState.COMPLETE
+    assert found[3].state.analyzable
+    assert [item.step for item in select(list(found.values()))] == [1, 3]
+
+
+def test_a_file_removed_between_two_looks_at_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        save_file({"a": np.full(4, step, np.float32)}, tmp_path / f"step_{step}.safetensors")
+    aged(tmp_path)
+    real = raw_files.read_header
+
+    def gone(path: Path) -> object:
+        if path.name == "step_1.safetensors":
+            path.unlink()
+        return real(path)
+
+    monkeypatch.setattr(raw_files, "read_header", gone)
+    assert [(item.step, item.state.value) for item in find(tmp_path)] == [(1, "unreadable"), (2, "complete")]
 
 
 def test_two_runs_are_not_mixed(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from trace_offline.checkpoints.layouts.base import Find, Recogniser, Search
 from trace_offline.checkpoints.listing import Listing, scan
 from trace_offline.checkpoints.naming import StepSource, parse_name
 from trace_offline.checkpoints.series import arrange, select
-from trace_offline.core.errors import CheckpointError, nearest
+from trace_offline.core.errors import CheckpointError, UsageError, nearest
 from trace_offline.core.types import Checkpoint, CheckpointState
 
 __all__ = ["LAYOUTS", "discover", "select"]
@@ -26,7 +26,7 @@ LAYOUTS = (
 """Names of the layouts that discovery tells apart; those of the second line are recognised and set aside."""
 
 _FOLDER_LAYOUTS: tuple[Recogniser, ...] = (unsupported.recognise, hf_folder.recognise, accelerate.recognise)
-_SKIPPED = frozenset({"__pycache__", "wandb", "node_modules", "optimizer", "runs"})
+_SKIPPED = frozenset({"__pycache__", "wandb", "node_modules", "optimizer"})
 _MAX_DEPTH = 8
 _MAX_FOLDERS = 100_000
 
@@ -72,6 +72,11 @@ def discover(
 
 
 def _existing(source: str | Path) -> Path:
+    if not str(source).strip():
+        raise UsageError(
+            "SOURCE is empty (a shell variable that is not set?): name a folder or file of checkpoints, or . for the "
+            "current folder."
+        )
     path = Path(os.path.abspath(Path(source).expanduser()))
     if path.exists():
         return path

@@ -30,8 +30,14 @@ def mark_duplicates(checkpoints: list[Checkpoint], cache: Cache | None = None) -
     """
     cache = {} if cache is None else cache
     complete = [i for i, item in enumerate(checkpoints) if item.state is CheckpointState.COMPLETE and item.weight_files]
-    samples = {i: [_sample(path) for path in checkpoints[i].weight_files] for i in complete}
     result = list(checkpoints)
+    samples: dict[int, list[str]] = {}
+    for i in complete:
+        try:
+            samples[i] = [_sample(path) for path in checkpoints[i].weight_files]
+        except OSError as error:
+            result[i] = _lost(checkpoints[i], error)
+    complete = list(samples)
     repeated: set[int] = set()
     for group in _groups(complete, lambda i: digest(*samples[i])):
         prints: dict[str, int] = {}
@@ -41,8 +47,8 @@ def mark_duplicates(checkpoints: list[Checkpoint], cache: Cache | None = None) -
             try:
                 found = fingerprint(item, cache)
                 weights = weights_digest(item.weight_files, cache)
-            except CheckpointError as error:
-                result[i] = replace(item, state=CheckpointState.UNREADABLE, reason=error.message)
+            except (CheckpointError, OSError) as error:
+                result[i] = _lost(item, error)
                 continue
             result[i] = replace(item, fingerprint=found)
             first = prints.setdefault(found, i)
@@ -118,12 +124,33 @@ def _mark_shards(
             if first == i:
                 continue
             other = result[first].weight_files[samples[first].index(sample)]
-            if weights_digest([path], cache) == weights_digest([other], cache):
+            same = _digest_of(result, first, other, cache)
+            if same is not None and _digest_of(result, i, path, cache) == same:
                 result[i] = _remark(
                     result[i],
                     f"Warning: its shard {Path(path).name} is identical to that of {_called(result[first])}, while "
                     "other shards differ; one of the two was probably published with wrong weights.",
                 )
+
+
+def _digest_of(result: list[Checkpoint], i: int, path: str, cache: Cache) -> str | None:
+    """Digest of one shard of checkpoint ``i``; None, and ``i`` marked, when it cannot be read any more."""
+    try:
+        return weights_digest([path], cache)
+    except (CheckpointError, OSError) as error:
+        result[i] = _lost(result[i], error)
+        return None
+
+
+def _lost(item: Checkpoint, error: CheckpointError | OSError) -> Checkpoint:
+    """Found, but it cannot be read: a training that keeps its newest checkpoints removes the others at any moment."""
+    if any(not os.path.exists(path) for path in item.weight_files):
+        reason = "It was removed while it was looked at."
+    elif isinstance(error, CheckpointError):
+        reason = error.message
+    else:
+        reason = f"It cannot be read: {error.strerror or error}."
+    return replace(item, state=CheckpointState.UNREADABLE, reason=reason)
 
 
 def remark_of(item: Checkpoint) -> str | None:

@@ -98,7 +98,7 @@ def identify(
     Sidecar file, explicit step in the name, HF Trainer's state, numbers inside the file, step in a folder above (up to
     where the search began), then whatever else orders the name: an epoch, an index, a number.
     """
-    told = _sidecar(sidecar)
+    told, problem = _sidecar(sidecar)
     name = parse_name(path.name) if own_name else ParsedName()
     above = _ancestor(path, search.root, numbered_parent=numbered_parent)
     state = trainer_state or {}
@@ -132,7 +132,7 @@ def identify(
         tokens_seen=_first(told.get("tokens_seen"), name.tokens_seen, _whole(seen) or None, above.tokens_seen),
         stage=_first(told.get("stage"), name.stage, above.stage),
         epoch=epoch,
-        note=note,
+        note=" ".join(text for text in (note, problem) if text) or None,
         by_epoch=source is StepSource.EPOCH,
     )
 
@@ -162,21 +162,24 @@ def _ancestor(path: Path, root: Path, *, numbered_parent: bool) -> ParsedName:
     return ParsedName()
 
 
-def _sidecar(path: Path | None) -> dict[str, Any]:
+def _sidecar(path: Path | None) -> tuple[dict[str, Any], str | None]:
+    """(what the file says, why it says less than it should)."""
     if path is None:
-        return {}
+        return {}, None
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        return {}, f"Its {SIDECAR} cannot be read as JSON ({error}) and was not used."
     if not isinstance(content, dict):
-        return {}
+        return {}, f'Its {SIDECAR} is no JSON object such as {{"step": 500}} and was not used.'
     told: dict[str, Any] = {key: _whole(content.get(key)) for key in ("step", "tokens_seen")}
+    wrong = [key for key, value in told.items() if value is None and content.get(key) is not None]
+    problem = f"Its {SIDECAR} gives a {wrong[0]} that is no whole number of at least 0." if wrong else None
     if isinstance(content.get("stage"), str):
         told["stage"] = content["stage"]
     if isinstance(content.get("epoch"), (int, float)):
         told["epoch"] = float(content["epoch"])
-    return told
+    return told, problem
 
 
 def read_trainer_state(path: Path) -> dict[str, Any] | None:

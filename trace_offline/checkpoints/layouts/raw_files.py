@@ -13,6 +13,7 @@ from trace_offline.checkpoints.listing import FileEntry, Listing
 from trace_offline.checkpoints.naming import StepSource, parse_name
 from trace_offline.checkpoints.safetensors_header import read_header
 from trace_offline.checkpoints.torch_archive import TorchOutline, is_torch_file
+from trace_offline.core.errors import CheckpointError
 from trace_offline.core.types import Checkpoint
 from trace_offline.core.types import CheckpointState as State
 
@@ -66,10 +67,16 @@ def recognise(folder: Listing, name: str, search: Search, *, alone: bool, asked:
     layout = "raw"
     if verdict.outline is not None and verdict.state is State.COMPLETE:
         layout, verdict = _judge_content(name, verdict, verdict.outline)
-    elif verdict.state is State.COMPLETE and _is_batches(path):
-        if not asked:
-            return None
-        verdict = Verdict(State.NOT_A_CHECKPOINT, f"{name} holds token batches, not weights.")
+    elif verdict.state is State.COMPLETE:
+        try:
+            batches = _is_batches(path)
+        except (CheckpointError, OSError):  # it was whole a moment ago
+            verdict = Verdict(State.UNREADABLE, f"{name} was removed or changed while it was looked at.")
+        else:
+            if batches and not asked:
+                return None
+            if batches:
+                verdict = Verdict(State.NOT_A_CHECKPOINT, f"{name} holds token batches, not weights.")
     return _made(folder, path, entry, search, layout, verdict, alone=alone)
 
 
