@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import os
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import duckdb
+import pyarrow.parquet as pq
 import pytest
 
 from trace_offline.core.errors import StoreError, UsageError
 from trace_offline.core.types import AnalysisStatus, Array, Artifact, Checkpoint, CheckpointState, Measurement, Outcome
+from trace_offline.query.formats import render
 from trace_offline.query.reader import Store
 from trace_offline.store.rows import checkpoint_id
 from trace_offline.store.writer import Writer
@@ -245,6 +251,61 @@ def test_bad_sql_is_answered_in_words(path: Path, sql: str, words: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits are a Unix facility")
+def test_a_query_reaches_no_file_but_the_store(path: Path, tmp_path: Path) -> None:
+    with Writer.open(path) as writer:
+        fill(writer, [checkpoint(0, "f0")])
+    store, other = Store.open(path), tmp_path / "evil.csv"
+    for sql in (
+        f"explain analyze copy (select 1) to '{other}'",
+        f"EXPLAIN /* why */ (format json, ANALYZE) copy (select 1) to '{other}'",
+        "-- a remark\nexplain analyse select 1",
+    ):
+        with pytest.raises(UsageError, match="Expected a SELECT, found EXPLAIN ANALYZE"):
+            store.sql(sql)
+    assert not other.exists()
+    (tmp_path / "secret.csv").write_text("a\n1\n")
+    for source in (f"read_text('{tmp_path / 'secret.csv'}')", f"'{tmp_path / 'secret.csv'}'", "glob('/*')"):
+        with pytest.raises(UsageError, match="disabled"):
+            store.sql(f"select * from {source}")
+    assert store.sql("explain select 'analyze' as x").num_rows > 0
+    assert store.sql("pragma table_info('runs')").num_rows > 0
+    frame = duckdb.sql("select 1 as a").arrow()  # noqa: F841
+    with pytest.raises(UsageError, match="Table with name frame does not exist"):
+        store.sql("select * from frame")
+
+
+def test_queries_of_two_threads_do_not_lock_each_other_out(path: Path) -> None:
+    with Writer.open(path) as writer:
+        fill(writer, [checkpoint(0, "f0")])
+    with ThreadPoolExecutor(4) as pool:
+        counts = list(pool.map(lambda _: Store.open(path).scalar("select count(*) from checkpoints"), range(40)))
+    assert counts == [1] * 40
+
+
+AWKWARD = """
+select 123456789012345678901234567890::hugeint as huge, 1e30::decimal(38, 0) as decimal, sum(2) as sum,
+  [date '2026-11-21'] as dates, {'a': 'nan'::double, 'b': [1.0, 'inf'::double]} as nested, map {1: 2.5} as mapped,
+  [{'x': 'nan'::double}] as deep
+"""
+
+
+def test_awkward_values_in_every_format(path: Path) -> None:
+    with Writer.open(path) as writer:
+        fill(writer, [checkpoint(0, "f0")])
+    table = Store.open(path).sql(AWKWARD)
+    (row,) = json.loads(render(table, "json"))
+    assert (row["huge"], row["decimal"], row["sum"]) == (pytest.approx(1.2345678901234568e29), 1e30, 2)
+    assert isinstance(row["sum"], int)
+    assert row["dates"] == ["2026-11-21"]
+    assert (row["nested"], row["deep"]) == ({"a": None, "b": [1.0, None]}, [{"x": None}])
+    (line,) = csv.DictReader(render(table, "csv").decode().splitlines())
+    assert float(line["huge"]) == pytest.approx(1.2345678901234568e29)
+    assert json.loads(line["dates"]) == ["2026-11-21"]
+    assert json.loads(line["nested"]) == {"a": None, "b": [1.0, None]}
+    assert b"2026" in render(table, "table")
+    assert pq.read_table(io.BytesIO(render(table, "parquet"))).num_rows == 1
+
+
 def test_a_full_disk_loses_nothing_that_was_stored(path: Path) -> None:
     item = checkpoint(0, "f0")
     row = identity(item, "loss")

@@ -39,15 +39,20 @@ def render(table: pyarrow.Table, form: str) -> bytes:
         pyarrow.csv.write_csv(_without_lists(table), sink)
         return sink.getvalue()
     if form == "json":
-        rows = [{name: _finite(value) for name, value in row.items()} for row in table.to_pylist()]
-        return (json.dumps(rows, ensure_ascii=False, default=str, indent=1, allow_nan=False) + "\n").encode()
+        return (_json(table.to_pylist(), indent=1) + "\n").encode()
     return _aligned(table).encode()
 
 
+def _json(value: Any, *, indent: int | None = None) -> str:
+    return json.dumps(_finite(value), ensure_ascii=False, default=str, indent=indent, allow_nan=False)
+
+
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
-    if isinstance(value, list):
+    """JSON has no NaN and no infinity: null. Keys are text there."""
+    if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -59,7 +64,7 @@ def _plain(table: pyarrow.Table) -> pyarrow.Table:
     for index, field in enumerate(table.schema):
         kind, column = field.type, table.column(index)
         if pa.types.is_decimal(kind):
-            column = column.cast(pa.int64() if kind.scale == 0 else pa.float64())
+            column = _number(column, whole=kind.scale == 0)
         elif pa.types.is_interval(kind) or pa.types.is_duration(kind):
             column = pa.chunked_array([[None if v is None else str(v) for v in column.to_pylist()]], pa.string())
         name, count = field.name, 1
@@ -68,6 +73,18 @@ def _plain(table: pyarrow.Table) -> pyarrow.Table:
         names.append(name)
         table = table.set_column(index, pa.field(name, column.type), column)
     return table
+
+
+def _number(column: pyarrow.ChunkedArray, *, whole: bool) -> pyarrow.ChunkedArray:
+    """Decimals as integers where they fit into 64 bits, else as floats: the nearest number that every format holds."""
+    import pyarrow as pa
+
+    if whole:
+        try:
+            return column.cast(pa.int64())
+        except pa.ArrowInvalid:
+            pass
+    return column.cast(pa.float64())
 
 
 def write(table: pyarrow.Table, form: str, output: Path) -> None:
@@ -85,9 +102,7 @@ def _without_lists(table: pyarrow.Table) -> pyarrow.Table:
 
     for index, field in enumerate(table.schema):
         if pa.types.is_nested(field.type):
-            text = pa.array(
-                [None if v is None else json.dumps(v) for v in table.column(index).to_pylist()], pa.string()
-            )
+            text = pa.array([None if v is None else _json(v) for v in table.column(index).to_pylist()], pa.string())
             table = table.set_column(index, field.name, text)
     return table
 

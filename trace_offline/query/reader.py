@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,17 @@ from trace_offline.store.schema import PUBLIC_VIEWS
 
 if TYPE_CHECKING:
     import pyarrow
+
+
+_GAP = r"(?:\s|--[^\n]*\n|/\*.*?\*/)*"
+_ANALYZE = re.compile(rf"{_GAP}explain{_GAP}(?:analy[sz]e\b|\([^)]*\banaly[sz]e\b)", re.IGNORECASE | re.DOTALL)
+_LOCKS = (
+    # Otherwise a table name could be resolved to a variable of the caller.
+    "set python_enable_replacements = false",
+    # No file but the store is read or written: not by COPY, read_csv, ATTACH, or an extension. DuckDB cannot turn it
+    # on again. The configuration is not locked: threads of one process share it, and each sets it.
+    "set enable_external_access = false",
+)
 
 
 class Store:
@@ -48,13 +60,16 @@ class Store:
                 if len(statements) != 1:
                     raise UsageError(f"Expected one SQL statement, found {len(statements)}: {query!r}")
                 kind = statements[0].type.name
+                # EXPLAIN ANALYZE runs what it explains, also where that writes.
+                if kind == "EXPLAIN" and _ANALYZE.match(statements[0].query):
+                    kind = "EXPLAIN ANALYZE"
                 if kind not in ("SELECT", "EXPLAIN", "PRAGMA"):
                     raise UsageError(
                         f"Expected a SELECT, found {kind}. A history is read-only here; DuckDB itself opens the file "
                         "for anything else."
                     )
-                # Otherwise a table name could be resolved to a variable of the caller.
-                con.execute("set python_enable_replacements = false")
+                for setting in _LOCKS:
+                    con.execute(setting)
                 return con.sql(query, params=parameters).to_arrow_table()
             except duckdb.Error as error:
                 raise UsageError(_explain(error)) from error
