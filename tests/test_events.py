@@ -197,6 +197,21 @@ def test_stop(tmp_path: Path) -> None:
         find_stop(path, Selection(metrics=["f1"]), Settings(), stderrs=-1)
 
 
+@pytest.mark.parametrize("metric", ["loss", "unheard_of"])
+def test_an_amount_needs_no_noise(tmp_path: Path, metric: str) -> None:
+    path = tmp_path / "s.duckdb"
+    fill(path, {step: [Measurement(metric, value)] for step, value in enumerate((3.0, 2.0, 1.0))})
+    (one,) = find_stop(path, Selection(metrics=[metric]), Settings(), absolute=0.1)
+    (stop,) = one.series
+    assert (one.step, stop.best, stop.missed, stop.improved, stop.direction) == (2, 1.0, 0.0, True, "falls")
+    (coarse,) = find_stop(path, Selection(metrics=[metric]), Settings(), absolute=1.5)
+    assert (coarse.step, coarse.series[0].best, coarse.series[0].missed) == (1, 2.0, 1.0)
+    (upwards,) = find_stop(path, Selection(metrics=[metric]), Settings(direction="rises"), absolute=0.1)
+    assert (upwards.step, upwards.series[0].direction, upwards.last) == (0, "rises", ())
+    with pytest.raises(UsageError, match=r"3 checkpoints without standard errors.*Give --stop-amount"):
+        find_stop(path, Selection(metrics=[metric]), Settings())
+
+
 def test_the_command(store: Path) -> None:
     run = CliRunner()
     done = run.invoke(app, ["events", str(store), "--metric", "accuracy", "--json"])

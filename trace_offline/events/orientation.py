@@ -48,17 +48,27 @@ class Oriented:
         return math.exp(level) if self.logarithmic else level
 
 
+def known_direction(metric: str, direction: str = "auto") -> tuple[float, str] | None:
+    """(sign, source) where the direction is given or the metric's name tells it; UsageError for an unknown one."""
+    if direction not in DIRECTIONS:
+        raise UsageError(
+            f'--direction: "{direction}" is not known.{nearest(direction, DIRECTIONS)} '
+            f"There are: {', '.join(DIRECTIONS)}."
+        )
+    if direction != "auto":
+        return (1.0 if direction == "rises" else -1.0), "given"
+    if _RISING.fullmatch(metric):
+        return 1.0, "name"
+    return (-1.0, "name") if _FALLING.fullmatch(metric) else None
+
+
 def orient(series: Series, direction: str = "auto") -> Oriented:
     """Direction and scale of a series, and its noise.
 
     A perplexity, and any positive metric whose largest value is a thousand times its smallest or more, is compared in
     logarithms. Raises NoiseUnknown when the noise cannot be judged, UsageError for an unknown direction.
     """
-    if direction not in DIRECTIONS:
-        raise UsageError(
-            f'--direction: "{direction}" is not known.{nearest(direction, DIRECTIONS)} '
-            f"There are: {', '.join(DIRECTIONS)}."
-        )
+    known = known_direction(series.key.metric, direction)
     metric, values, stderr = series.key.metric, series.values, series.stderr
     positive = bool(len(values)) and bool((values > 0).all())
     wide = positive and float(values.max()) >= _WIDE * float(values.min())
@@ -66,14 +76,7 @@ def orient(series: Series, direction: str = "auto") -> Oriented:
     if logarithmic:
         values, stderr = np.log(values), stderr / values
     noise = estimate_noise(series.steps, values, stderr)
-    if direction != "auto":
-        sign, source = (1.0 if direction == "rises" else -1.0), "given"
-    elif _RISING.fullmatch(metric):
-        sign, source = 1.0, "name"
-    elif _FALLING.fullmatch(metric):
-        sign, source = -1.0, "name"
-    else:
-        sign, source = _net_change(values, noise), "net change"
+    sign, source = known or (_net_change(values, noise), "net change")
     return Oriented(
         values=sign * values,
         noise=noise,

@@ -11,7 +11,7 @@ from trace_offline.core.errors import UsageError
 from trace_offline.estimators.history_noise import NoiseUnknown
 from trace_offline.estimators.last_improvement import last_improvement
 from trace_offline.events.find import Settings
-from trace_offline.events.orientation import orient
+from trace_offline.events.orientation import known_direction, orient
 from trace_offline.events.selection import Key, Selection, Series, read_series
 
 
@@ -89,16 +89,22 @@ def find_stop(
 def _stop(series: Series, settings: Settings, stderrs: float, absolute: float | None) -> Stop:
     if len(series.values) < 2:
         raise NoiseUnknown(f"{len(series.values)} checkpoints with a number: at least 2 are needed")
-    oriented = orient(series, settings.direction)
-    logarithmic = oriented.logarithmic and absolute is None
-    values = oriented.values if logarithmic else oriented.sign * series.values
-    one = last_improvement(values, oriented.noise, stderrs=stderrs, absolute=absolute)
-    best = oriented.sign * one.best
+    if absolute is not None:
+        # An amount needs no noise, which few checkpoints cannot tell.
+        net = 1.0 if series.values[-1] >= series.values[0] else -1.0
+        sign, _ = known_direction(series.key.metric, settings.direction) or (net, "net change")
+        logarithmic = False
+        one = last_improvement(sign * series.values, None, absolute=absolute)
+    else:
+        oriented = orient(series, settings.direction)
+        sign, logarithmic = oriented.sign, oriented.logarithmic
+        one = last_improvement(oriented.values, oriented.noise, stderrs=stderrs)
+    best = sign * one.best
     return Stop(
         key=series.key,
         step=int(series.steps[one.k]),
         best=float(np.exp(best)) if logarithmic else best,
         missed=one.missed,
         improved=one.improved,
-        direction=oriented.direction,
+        direction="rises" if sign > 0 else "falls",
     )
