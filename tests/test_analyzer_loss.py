@@ -52,6 +52,18 @@ def test_equals_transformers_masked_loss() -> None:
     assert one(found, "loss").n == int(hidden.sum())
 
 
+def test_a_network_in_float64_keeps_its_precision() -> None:
+    evaluation, logits = random_case()
+    wide = logits.double() + 1e-9 * torch.arange(logits.shape[-1])
+    scored = evaluation.tokens(0, 40).targets != -100
+    nll = torch.nn.functional.cross_entropy(wide[scored], evaluation.tokens(0, 40).targets[scored])
+    found, _ = run(LossAnalyzer(), evaluation, logits=wide)
+    assert one(found, "loss").value == pytest.approx(float(nll), rel=1e-13)
+    half, _ = run(LossAnalyzer(), evaluation, logits=logits.bfloat16())
+    same, _ = run(LossAnalyzer(), evaluation, logits=logits.bfloat16().float())
+    assert one(half, "loss").value == one(same, "loss").value
+
+
 def random_case(seed: int = 0, rows: int = 40) -> tuple[FakeEvaluation, torch.Tensor]:
     ids, mask = text(rows, 8, seed)
     logits = 3 * torch.randn(rows, 8, tiny_models.VOCABULARY, generator=torch.Generator().manual_seed(seed))

@@ -38,10 +38,13 @@ class ForwardBatch:
 
     @cached_property
     def log_probabilities(self) -> Tensor:
-        """``log softmax(logits)`` in float32, ``[B, T, V]``; computed once for all collectors."""
+        """``log softmax(logits)``, ``[B, T, V]``, in float32 (float64 where the network computes in float64); computed
+        once for all collectors.
+        """
         if self.logits is None:
             raise RuntimeError("no collector of this pass asked for logits (needs_logits)")
-        return self.logits.float().log_softmax(-1)
+        wide = self.logits if self.logits.dtype.itemsize > 4 else self.logits.float()
+        return wide.log_softmax(-1)
 
 
 @runtime_checkable
