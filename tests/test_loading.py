@@ -232,6 +232,23 @@ def test_a_bias_without_a_place_is_refused(tmp_path: Path) -> None:
         load_model(folder(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attn_implementation": "kernels-community/flash-attn"},
+        {"_attn_implementation": "someone/code:attention"},
+        {"attn_implementation": {"": "sdpa", "vision": "someone/code"}},
+        {"text_config": {"experts_implementation": "someone/code"}},
+    ],
+)
+def test_compiled_code_from_the_hub_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    saved(tmp_path, "gpt_neox")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=r"compiled code from the Hugging Face hub.*--trust-remote-code"):
+        load_model(folder(tmp_path))
+
+
 def test_harmless_extras_are_noted(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,11 @@ def read_config(path: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     where = path.parent if path.name == "config.json" else path
+    if not trust_remote_code and (kernel := _foreign_kernel(_content(where / "config.json"))):
+        raise CheckpointError(
+            f'{path}: asks for "{kernel}", compiled code from the Hugging Face hub. If you trust it, allow that with '
+            "--trust-remote-code; else remove that entry (attention is then computed by PyTorch)."
+        )
     try:
         return AutoConfig.from_pretrained(str(where), local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -37,6 +43,27 @@ def read_config(path: Path, trust_remote_code: bool) -> Any:
             else " Is it a config.json that transformers wrote? For other networks use --model-factory."
         )
         raise CheckpointError(f"{path}: no configuration that transformers understands ({reason}).{hint}") from None
+
+
+def _content(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None  # transformers says what is wrong with it
+
+
+def _foreign_kernel(value: Any, key: str = "") -> str | None:
+    """The first implementation that is the name of a repository, anywhere in a configuration."""
+    if isinstance(value, str):
+        return value if key.endswith("_implementation") and "/" in value else None
+    if isinstance(value, (dict, list)):
+        parts = value.items() if isinstance(value, dict) else ((key, item) for item in value)
+        for name, item in parts:
+            # Implementations of parts are given as {"part": "name"}.
+            inner = key if key.endswith("_implementation") else str(name)
+            if found := _foreign_kernel(item, inner):
+                return found
+    return None
 
 
 def model_class(config: Any, trust_remote_code: bool) -> Any:
