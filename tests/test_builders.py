@@ -509,8 +509,11 @@ def test_unusable_files(tmp_path: Path, causal: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "folder").mkdir()
     (tmp_path / "bad.json").write_text("[")
+    (tmp_path / "plain.txt").write_text("some text")
     for name, message in {
-        "missing.txt": "there is no such file",
+        "missing.txt": r"there is no such file\.$",
+        "cut.txt": r"there is no such file\. There is .*cut\.txt\.gz\.$",
+        "plain.txt.gz": r"there is no such file\. There is .*plain\.txt\.$",
         "latin.txt": "expected UTF-8 text, found other bytes at position 3",
         "cut.txt.gz": "cannot be read",
         "empty.txt": "contains no text",

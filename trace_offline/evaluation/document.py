@@ -121,7 +121,9 @@ def read_text(path: Path) -> str:
         if data[:2] == b"\x1f\x8b":
             data = gzip.decompress(data)
     except FileNotFoundError as error:
-        raise EvaluationSetError(f"{path}: there is no such file.") from error
+        other = path.with_suffix("") if path.suffix == ".gz" else path.with_name(f"{path.name}.gz")
+        hint = f" There is {other}." if other.is_file() else ""
+        raise EvaluationSetError(f"{path}: there is no such file.{hint}") from error
     except (OSError, EOFError) as error:
         raise EvaluationSetError(f"{path}: cannot be read: {error}") from error
     try:
