@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from trace_offline.estimators.class_blocks import class_blocks, coupled, couples, dense_width, rows_for
+from trace_offline.estimators.class_blocks import (
+    MAX_DENSE,
+    class_blocks,
+    coupled,
+    couples,
+    dense_width,
+    kronecker,
+    rows_for,
+)
 from trace_offline.estimators.lbfgs import _MEMORY, _Memory
 
 K, R, M = 3, 5, 400
@@ -67,6 +75,28 @@ def test_directions_outside_the_block_keep_a_diagonal() -> None:
     assert not bool(found.any())
 
 
+def test_kronecker_is_exact_where_predictions_do_not_depend_on_the_features() -> None:
+    """Up to the direction that moves all classes alike, in which a loss has no curvature."""
+    _, x, _, ridge = problem()
+    x = torch.linalg.qr(x.transpose(1, 2).double())[0].transpose(1, 2) * torch.arange(1, R + 1)[:, None] * M**0.5
+    p = torch.tensor([0.5, 0.3, 0.2]).double().view(1, K, 1).expand(2, K, M)
+    spectrum = x.square().mean(2)
+    # padded rows have probability 0 and do not count
+    padded = torch.cat([p, torch.zeros(2, K, 100).double()], 2)
+    inverse = kronecker(padded, torch.full((2,), float(M)), spectrum, ridge)
+    vectors = torch.randn(2, 4, K, R, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    vectors -= vectors.mean(2, keepdim=True)
+    found = inverse.apply(vectors)
+    for a in range(2):
+        expected = torch.linalg.solve(dense_hessian(p[a], x[a], ridge[a]), vectors[a].flatten(1).T).T
+        torch.testing.assert_close(found[a].flatten(1), expected)
+    torch.testing.assert_close(inverse.keep(torch.tensor([False, True])).apply(vectors[1:]), found[1:])
+    everywhere = inverse.apply(torch.eye(K * R, dtype=torch.float64).view(1, -1, K, R).expand(2, -1, -1, -1))
+    matrix = everywhere[0].flatten(1)
+    torch.testing.assert_close(matrix, matrix.T)
+    assert float(torch.linalg.eigvalsh(matrix)[0]) > 0
+
+
 def test_singular_curvature_is_lifted_not_refused() -> None:
     """Certain predictions have no curvature at all; equal columns make the products singular."""
     p = torch.zeros(1, K, M)
@@ -77,12 +107,18 @@ def test_singular_curvature_is_lifted_not_refused() -> None:
         out = build(p, x, torch.ones(1, R, dtype=torch.float64), ridge).apply(torch.ones(1, 1, K, R).double())
         assert bool(out.isfinite().all())
         assert bool((out > 0).any())
+    # certain predictions and directions without variance; an intercept has no penalty
+    out = kronecker(p, torch.tensor([float(M)]), torch.ones(1, R).double(), ridge).apply(
+        torch.ones(1, 1, K, R).double()
+    )
+    assert bool(out.isfinite().all())
+    assert bool((out > 0).any())
 
 
 def test_sizes_stay_within_bounds() -> None:
     assert couples(49, 10, 10)
     assert not couples(769, 2, 50)
-    assert dense_width(4096, 66, 50) <= 192
+    assert dense_width(4096, 66, 50) <= MAX_DENSE
     assert dense_width(8, 10, 3) == 8
     assert rows_for(50, 1000).tolist() == list(range(50))
     rows = rows_for(10_000, 10)

@@ -1,7 +1,9 @@
 """Approximate inverse Hessians of softmax regressions, from a sample of the rows; they precondition, nothing more.
 
-Small problems get the whole matrix (``Coupled``): with it a few quasi-Newton steps reach a tight tolerance. Others get
-one dense block per class on the directions that matter (``ClassBlocks``), which costs far less.
+Small problems get the whole matrix (``Coupled``): with it a few quasi-Newton steps reach a tight tolerance. Those of
+few directions get one dense block per class (``ClassBlocks``), which costs far less. Of many directions a sample of the
+rows says too little: those get the product of what the classes have in common and of what the directions have
+(``Kronecker``), which takes Böhning's bound and puts the mean of the Hessian's class part in place of its maximum.
 
 The Hessian of the mean NLL over the weights of class k alone is Xᵀ diag(p_k (1 − p_k)) X / n. It is estimated from
 evenly spaced rows, for the leading directions of the feature spectrum (columns of X are uncorrelated and sorted by
@@ -24,7 +26,8 @@ ROWS = 1024
 DENSE_NUMBERS = 1 << 25
 """Numbers of all blocks of one solve together (256 MB in float64)."""
 
-MAX_DENSE = 192
+MAX_DENSE = 128
+"""Directions up to which a class gets a dense block."""
 
 MAX_COUPLED = 768
 """Parameters K·R of a problem that gets its whole matrix."""
@@ -80,7 +83,24 @@ class Coupled:
         return Coupled(self.factor[mask])
 
 
-InverseHessian = ClassBlocks | Coupled
+@dataclass
+class Kronecker:
+    """``turn [A, K, K]`` orthonormal columns, ``diagonal [A, K, R]`` behind them; float64."""
+
+    turn: Tensor
+    diagonal: Tensor
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        """``[A, j, K, R]`` → the same, multiplied by the approximate inverse."""
+        turned = self.turn.transpose(1, 2)[:, None] @ vectors
+        return self.turn[:, None] @ (turned * self.diagonal[:, None])
+
+    def keep(self, mask: Tensor) -> Kronecker:
+        """The problems where ``mask [A]``."""
+        return Kronecker(self.turn[mask], self.diagonal[mask])
+
+
+InverseHessian = ClassBlocks | Coupled | Kronecker
 
 
 def couples(width: int, problems: int, classes: int) -> bool:
@@ -137,6 +157,21 @@ def coupled(probabilities: Tensor, columns: Tensor, spectrum: Tensor, ridge: Ten
             hessian[a, rows, : (k + 1) * width] = product.double() / m
     hessian.diagonal(dim1=1, dim2=2).add_(extra.flatten(1))
     return Coupled(_factor(hessian).float())
+
+
+def kronecker(probabilities: Tensor, rows: Tensor, spectrum: Tensor, ridge: Tensor) -> Kronecker:
+    """M ⊗ XᵀX/n + ridge, inverted, with M the mean over the rows of diag(p) − p pᵀ.
+
+    ``probabilities [A, K, n]``, 0 in padded rows; ``rows [A]`` how many there are; ``spectrum``, ``ridge [A, R]`` as
+    for ``class_blocks``. Exact where the probabilities do not depend on the features.
+    """
+    count = rows.to(probabilities.dtype)[:, None]
+    mean = probabilities.sum(2) / count
+    pairs = probabilities @ probabilities.transpose(1, 2) / count[..., None]
+    values, turn = torch.linalg.eigh((torch.diag_embed(mean) - pairs).double())
+    # moving all classes alike changes nothing: a curvature of 0 there is not one to divide by
+    values = values.clamp_min(_FLOOR * values.mean(1, keepdim=True).clamp_min(1e-6))
+    return Kronecker(turn, 1.0 / (values[..., None] * spectrum[:, None] + ridge[:, None]))
 
 
 def _factor(matrices: Tensor) -> Tensor:

@@ -41,6 +41,10 @@ class Objective(ABC):
         """``θ [A, K, R] → Z [A, K, n]``; linear in θ."""
 
     @abstractmethod
+    def null_logits(self, theta: Tensor, which: Tensor) -> Tensor:
+        """``logits`` of the null model, ``θ [A, K, R]``, without a product."""
+
+    @abstractmethod
     def nll(self, logits: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         """Data term ``[A]`` (float64) and whatever ``[A, K, n]`` the gradient is made from."""
 
@@ -50,7 +54,7 @@ class Objective(ABC):
 
     @abstractmethod
     def null_gradient(self, which: Tensor) -> Tensor:
-        """Gradient ``[A, K, R]`` where progress is measured from."""
+        """Gradient ``[A, K, R]`` at the null model, where progress is measured from."""
 
     @abstractmethod
     def ridge_terms(self, theta: Tensor, direction: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,22 +201,31 @@ def _norm(gradient: Tensor, inverse: Tensor) -> Tensor:
 class Minimisation:
     """The problems ``which [A]`` of one objective on their way from ``start [A, K, R]``, one iteration at a time.
 
+    ``at_null``: the start is the null model, of which logits and gradient are known without a product.
+
     A problem is done when the norm of its gradient (in the metric of the bounding preconditioner) is at most
     ``tolerance`` times the norm at the null model and its objective is estimated to be within 3 % of ``tolerance``
     (relative) of the minimum, or when the objective has stopped falling at the precision the data allow.
     """
 
     def __init__(
-        self, objective: Objective, start: Tensor, tolerance: float, max_iterations: int, which: Tensor
+        self,
+        objective: Objective,
+        start: Tensor,
+        tolerance: float,
+        max_iterations: int,
+        which: Tensor,
+        at_null: bool = False,
     ) -> None:
         self.objective, self.tolerance, self.max_iterations = objective, tolerance, max_iterations
-        logits = objective.logits(start, which)
+        logits = objective.null_logits(start, which) if at_null else objective.logits(start, which)
         value, state = objective.nll(logits, which)
         value = value + objective.ridge_terms(start, start, which)[0]
-        gradient = objective.gradient(state, start, which)
+        null = objective.null_gradient(which)
+        gradient = null.clone() if at_null else objective.gradient(state, start, which)
         del state
         bound = objective.bound(which)
-        reference = _norm(objective.null_gradient(which), bound)
+        reference = _norm(null, bound)
         self._theta, self._values, self._norms = start.clone(), value.clone(), _norm(gradient, bound)
         self._iterations = torch.zeros_like(which)
         self._converged = torch.ones_like(which, dtype=torch.bool)

@@ -28,6 +28,7 @@ from trace_offline.estimators.class_blocks import (
     coupled,
     couples,
     dense_width,
+    kronecker,
     rows_for,
 )
 from trace_offline.estimators.lbfgs import Objective
@@ -93,7 +94,8 @@ class _Room:
     def fits(self, waste: float) -> bool:
         size = self.classes * self.width
         coarse = size > MAX_COUPLED
-        numbers = self.count * (self.classes * min(self.width, MAX_DENSE) ** 2 if coarse else size * size)
+        block = self.width**2 if self.width <= MAX_DENSE else self.width
+        numbers = self.count * (self.classes * block if coarse else size * size)
         return (
             numbers <= (DENSE_NUMBERS if coarse else COUPLED_NUMBERS)
             and self.count * self.classes * self.rows <= (1.0 + waste) * self.data
@@ -174,16 +176,20 @@ class SoftmaxBlock(Objective):
     def logits(self, theta: Tensor, which: Tensor) -> Tensor:
         """``θ [A, K, R]`` → ``[A, K, n]``, 0 for padded rows; one product for each feature matrix."""
         out = torch.empty(len(which), self.n_classes, self.n_rows, dtype=self.dtype, device=theta.device)
-        narrow = theta.to(self.dtype)
         for design, first, last in self.slices(which):
             target = out[first:last].flatten(0, 1)
-            left = self.cut(narrow[first:last], design).flatten(0, 1)
+            left = self.cut(theta[first:last], design).flatten(0, 1)
             if design.n == self.n_rows:
-                torch.mm(left, design.data, out=target)
+                design.forward(left, out=target)
             else:
-                target[:, : design.n] = left @ design.data
+                target[:, : design.n] = design.forward(left)
                 target[:, design.n :] = 0.0
         return out
+
+    def null_logits(self, theta: Tensor, which: Tensor) -> Tensor:
+        """The same where all weights are 0."""
+        out = theta[..., -1:].to(self.dtype).repeat(1, 1, self.n_rows)
+        return out if self.weight is None else out * self.weight[self.label_set[which]]
 
     def nll(self, logits: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         """Mean NLL ``[A]`` in float64 and probabilities ``[A, K, n]``."""
@@ -209,8 +215,8 @@ class SoftmaxBlock(Objective):
         """``[A, K, n]`` times the data of each problem, over its rows: ``[A, K, R]``."""
         out = torch.empty(len(which), self.n_classes, self.width, dtype=torch.float64, device=state.device)
         for design, first, last in self.slices(which):
-            product = state[first:last].flatten(0, 1)[:, : design.n] @ design.data.T
-            out[first:last] = self.pad(product.double().view(last - first, self.n_classes, -1))
+            product = design.backward(state[first:last].flatten(0, 1)[:, : design.n])
+            out[first:last] = self.pad(product.view(last - first, self.n_classes, -1))
         return out.div_(self.rows[which][:, None, None])
 
     def null_gradient(self, which: Tensor) -> Tensor:
@@ -241,9 +247,15 @@ class SoftmaxBlock(Objective):
         return inverse[:, None].expand(-1, self.n_classes, -1)
 
     def inverse_hessian(self, logits: Tensor, which: Tensor) -> InverseHessian:
-        """From evenly spaced rows of each problem."""
+        """From evenly spaced rows of each problem, or all."""
         width = self.width
+        ridge = self.penalty[which][:, None] * self.ridge
         whole = self.exact and couples(width, len(which), self.n_classes)
+        if not whole and width > MAX_DENSE:
+            probabilities = logits.softmax(1)
+            if self.weight is not None:
+                probabilities *= self.weight[self.label_set[which]]
+            return kronecker(probabilities, self.rows[which], self.spectrum[which], ridge)
         if not whole:
             width = dense_width(width, len(which), self.n_classes)
         wanted = len(rows_for(self.n_rows, width * self.n_classes if whole else width))
@@ -253,9 +265,8 @@ class SoftmaxBlock(Objective):
         for design, first, last in self.slices(which):
             rows = evenly * design.n // wanted
             leading = min(width, design.size) - 1
-            columns[first:last, :leading] = design.data[:leading, rows]
+            columns[first:last, :leading] = design.leading(leading, rows)
             columns[first:last, -1] = 1.0
             sample[first:last] = logits[first:last][:, :, rows]
-        ridge = self.penalty[which][:, None] * self.ridge
         build = coupled if whole else class_blocks
         return build(sample.softmax(1), columns, self.spectrum[which], ridge)
