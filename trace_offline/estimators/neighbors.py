@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SPARE = 8
+# Candidates beyond the k-th whose distances are recomputed at first; the others only where they could come closer.
+_LOOK = 1
+_GROUP = 32
+_CACHE_BYTES = 1 << 20
 _UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 
 
@@ -48,6 +52,7 @@ def nearest_neighbors(points: Tensor, k: int, *, block_bytes: int = 64 << 20) ->
     Raises ValueError for anything but a finite matrix with more than k rows, or k < 1.
     """
     _check(points, k)
+    points = points.detach()
     points = points if points.dtype in (torch.float32, torch.float64) else points.float()
     centred = points.double()
     centred = centred - centred.mean(0)
@@ -95,21 +100,63 @@ def _search_by_product(
     gamma = (width + 8) * _UNIT_ROUNDOFF[centred.dtype]
     longest = float(norms.max().sqrt()) if n else 0.0
     per_row = 2 * n * centred.element_size() + 3 * 8 * n_candidates * width
+    step = max(1, block_bytes // max(1, per_row))
+    # One table for all blocks: fresh memory of this size costs more than the arithmetic on it.
+    table = centred.new_empty(min(step, len(rows)), n)
     left = []
-    for block in rows.split(max(1, block_bytes // max(1, per_row))):
-        approximate = torch.addmm(norms[None, :], centred[block], centred.T, alpha=-2).add_(norms[block, None])
+    for block in rows.split(step):
+        # |a|² is the same along a row: it is added to the few numbers that are looked at.
+        approximate = torch.addmm(norms[None, :], centred[block], centred.T, alpha=-2, out=table[: len(block)])
         approximate[torch.arange(len(block), device=block.device), block] = torch.inf
-        proposed, candidates = approximate.topk(n_candidates, largest=False)
-        exact, order = _refine(points, block, candidates, k)
+        proposed, candidates = _smallest(approximate, n_candidates)
+        proposed = (proposed + norms[block, None]).double()
+        slack = gamma * (norms[block].double().sqrt() + longest).square()
+        exact, order = _certain_order(points, block, candidates, proposed - slack[:, None], k)
+        certain = torch.ones(len(block), dtype=torch.bool, device=block.device)
         if n_candidates < n - 1:
-            slack = gamma * (norms[block].double().sqrt() + longest).square()
-            certain = exact[:, -1] < proposed.double().amax(1) - slack
-        else:
-            certain = torch.ones(len(block), dtype=torch.bool, device=block.device)
+            certain = exact[:, -1] < proposed[:, -1] - slack
         squared[block[certain]] = exact[certain]
         indices[block[certain]] = order[certain]
         left.append(block[~certain])
     return torch.cat(left) if left else rows
+
+
+def _smallest(table: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` smallest of each row of ``[rows, n]``, ascending, and where they are.
+
+    They lie in the ``count`` groups of columns with the smallest minima, and minima of groups are found faster than
+    ranks: only those groups are ranked.
+    """
+    n = table.shape[1]
+    groups = n // _GROUP
+    if groups < 4 * count:
+        values, places = table.topk(count, largest=False)
+        return values, places
+    # Group g holds the columns g, g + groups, g + 2 groups, …: minima then run along the memory.
+    whole = table[:, : groups * _GROUP].unflatten(1, (_GROUP, groups))
+    chosen = whole.amin(1).topk(count, largest=False, sorted=False).indices
+    offsets = torch.arange(_GROUP, device=table.device) * groups
+    columns = (chosen[:, :, None] + offsets).flatten(1)
+    rest = torch.arange(groups * _GROUP, n, device=table.device).expand(len(table), -1)
+    columns = torch.cat([columns, rest], 1)
+    values, places = table.gather(1, columns).topk(count, largest=False)
+    return values, columns.gather(1, places)
+
+
+def _certain_order(points: Tensor, rows: Tensor, candidates: Tensor, least: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest of each row's candidates ``[rows, c]``, which come in the order proposed.
+
+    ``least [rows, c]``: what the squared distance of each candidate is at least. Where that of the later ones exceeds
+    the k-th found among the first, they need not be looked at.
+    """
+    first = k + _LOOK
+    if first >= candidates.shape[1]:
+        return _refine(points, rows, candidates, k)
+    exact, order = _refine(points, rows, candidates[:, :first], k)
+    again = exact[:, -1] >= least[:, first]
+    if bool(again.any()):
+        exact[again], order[again] = _refine(points, rows[again], candidates[again], k)
+    return exact, order
 
 
 def _search_by_differences(
@@ -127,7 +174,16 @@ def _search_by_differences(
 def _refine(points: Tensor, rows: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k nearest of each row's candidates ``[rows, c]`` by float64 differences, ties by index."""
     candidates = candidates.sort(1).values
-    differences = points[candidates].double().sub_(points[rows, None].double())
-    exact = differences.square_().sum(2)
+    exact = torch.empty(candidates.shape, dtype=torch.float64, device=points.device)
+    width = points.shape[1]
+    # A few rows at a time on a CPU: their differences then stay in its cache.
+    step = len(rows)
+    if points.device.type == "cpu":
+        step = max(1, _CACHE_BYTES // max(1, 8 * candidates.shape[1] * width))
+    for start in range(0, len(rows), max(step, 1)):
+        part = candidates[start : start + step]
+        others = points.index_select(0, part.flatten()).double().view(*part.shape, width)
+        others -= points[rows[start : start + step], None].double()
+        torch.sum(others.square_(), 2, out=exact[start : start + step])
     exact, order = exact.sort(dim=1, stable=True)
     return exact[:, :k], candidates.gather(1, order[:, :k])
