@@ -254,7 +254,7 @@ class Prediction:
     bytes_read: float
     numbers: float
     write_seconds: float
-    workers_to_saturate: float
+    workers_to_saturate: float | None
     hessian_vectors: int
     components: Mapping[str, float] = field(default_factory=dict)
 
@@ -276,8 +276,8 @@ def predict(
     return Prediction(
         network=network.name, seconds=cheap, seconds_with_hessian=cheap + parts["hessian"],
         bytes_read=2.0 * network.parameters, numbers=count, write_seconds=writing,
-        workers_to_saturate=cheap / writing, hessian_vectors=basis_vectors_that_fit(network, memory_gb),
-        components=parts,
+        workers_to_saturate=cheap / writing if writing else None,
+        hessian_vectors=basis_vectors_that_fit(network, memory_gb), components=parts,
     )  # fmt: skip
 
 

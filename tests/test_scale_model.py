@@ -17,6 +17,8 @@ PUBLISHED = {
 }  # fmt: skip
 """Parameters as the Pythia repository lists them."""
 
+ROOT = Path(__file__).parents[1]
+
 TINY = model.Network("tiny", 3, 32, 200)
 
 
@@ -105,6 +107,22 @@ def test_the_writer_is_busy_when_as_many_workers_bring_as_much_as_it_can_take() 
     assert found.hessian_vectors == 1000 * 2**30 // (4 * PUBLISHED["70m"])
     assert found.seconds == pytest.approx(sum(found.components[name] for name in model.CHEAP))
     assert found.seconds_with_hessian - found.seconds == pytest.approx(found.components["hessian"])
+
+
+def test_the_tables_of_the_page_are_made_from_the_results() -> None:
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    bench = benchmark("bench_scale")
+    assert bench.table() in page, "python benchmarks/bench_scale.py --table"
+    assert bench.prediction_tables() in page, "python benchmarks/bench_scale.py --table"
+
+
+def test_predictions_are_marked_as_theory_and_follow_from_the_measurements() -> None:
+    bench = benchmark("bench_scale")
+    kept = bench.load("scale_prediction")
+    assert all(row["theory"] is True and row["unit"] == "s (theory)" for row in kept)
+    again = json.loads(json.dumps(bench.predict()))
+    for old, new in zip(kept, again, strict=True):
+        assert {**old, "date": "", "versions": ""} == {**new, "date": "", "versions": ""}
 
 
 def test_gpu_benchmark_runs_without_a_gpu(
