@@ -7,13 +7,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trace_offline.activations.batch import IGNORED
 from trace_offline.activations.forward import Tokens, trimmed
 from trace_offline.activations.model import ModelView
 from trace_offline.core.errors import NotApplicable
+from trace_offline.estimators.cross_entropy import summed_cross_entropy
 
 
 def summed_loss(model: ModelView, tokens: Tokens) -> tuple[Tensor, int]:
@@ -25,11 +25,10 @@ def summed_loss(model: ModelView, tokens: Tokens) -> tuple[Tensor, int]:
     input_ids, attention_mask, targets = (part.to(model.device) for part in trimmed(tokens))
     logits = model.logits(input_ids, attention_mask)
     counted = targets != IGNORED
-    # choosing the rows first keeps the softmax to positions that count, which is most of the memory of a large head
-    chosen = logits[counted]
-    if chosen.dtype in (torch.float16, torch.bfloat16):
-        chosen = chosen.float()
-    return functional.cross_entropy(chosen, targets[counted], reduction="sum"), int(counted.sum())
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        # choosing the rows first keeps what is widened to positions that count
+        logits, targets = logits[counted].float(), targets[counted]
+    return summed_cross_entropy(logits, targets, IGNORED), int(counted.sum())
 
 
 def mean_loss(model: ModelView, tokens: Tokens) -> Tensor:
