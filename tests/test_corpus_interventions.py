@@ -35,6 +35,7 @@ from trace_offline.corpus import (
     write_origin,
     write_pairs,
 )
+from trace_offline.corpus.expectation import preposition_use
 from trace_offline.corpus.lexis import field_lists
 from trace_offline.corpus.sampling import zipf_probabilities
 
@@ -171,6 +172,65 @@ def test_role_violations_mark_roles_that_the_frame_does_not_give(pairs: dict[str
             assert old.subject not in lost
             assert pair.changed.frame == pair.changed.clauses[0].frame
     assert min(details["object"], details["preposition"]) > 300
+
+
+def uses(sentences: list[AnnotatedSentence]) -> Counter[str]:
+    return Counter(w for s in sentences for w, tag in zip(s.words, s.pos, strict=True) if tag == "ADP" and w in MARKING)
+
+
+MARKING = {preposition for frame in FRAMES.values() for preposition, _ in frame.obliques} | {"by"}
+OTHER_CORPORA = (
+    CorpusParams(),
+    CorpusParams(passive=0.0),
+    CorpusParams(complexity=(0.2, 0.1, 0.7), passive=0.6),
+    CorpusParams(frames=(("strike", 1.0), ("give", 1.0))),
+    CorpusParams(frames=(("tell", 1.0), ("work", 2.0), ("go", 1.0))),
+)
+
+
+@pytest.mark.parametrize("params", OTHER_CORPORA)
+def test_the_expected_use_of_prepositions_is_that_of_the_corpus(params: CorpusParams) -> None:
+    found, expected = uses(list(islice(generate(3, params), 4000))), preposition_use(params)
+    assert {name for name, use in expected.items() if use > 0} == set(found)
+    for name, count in found.items():
+        # a sentence has at most a few of one preposition, so its variance is at most twice its mean
+        assert abs(count - 4000 * expected[name]) <= 5 * np.sqrt(2 * count)
+
+
+@pytest.mark.parametrize("params", OTHER_CORPORA)
+def test_no_word_of_a_role_violation_is_new_to_the_corpus(params: CorpusParams) -> None:
+    sentences = list(islice(generate(3, params), 3000))
+    seen = uses(sentences)
+    frames = {name for name, share in params.frame_shares.items() if share > 0}
+    changed = [pair for pair in intervene_all(sentences, "role_violation", 1, params) if pair]
+    wrong = Counter(pair.changed.words[pair.changed_positions[0]] for pair in changed if pair.detail == "preposition")
+    assert sum(wrong.values()) > 300
+    assert set(wrong) <= set(seen)
+    for pair in changed:
+        assert {clause.frame for clause in pair.changed.clauses} <= frames
+    objects = sum(pair.detail == "object" for pair in changed)
+    assert (objects > 0) == bool(frames & {"work"} or not params.frames)
+
+
+def test_wrong_prepositions_are_as_frequent_as_the_corpus_makes_them() -> None:
+    use = preposition_use(CorpusParams())
+    counts: Counter[str] = Counter()
+    expected: Counter[str] = Counter()
+    for pair in intervene_all(SENTENCES, "role_violation", 1):
+        if pair is None or pair.detail != "preposition":
+            continue
+        at = pair.changed_positions[0]
+        counts[pair.changed.words[at]] += 1
+        clause = max((c for c in pair.original.clauses if c.verb < at), key=lambda c: c.verb)
+        known = {name for name, _ in FRAMES[clause.frame].obliques} | ({"by"} if clause.passive else set())
+        rest = sum(each for name, each in use.items() if name not in known)
+        expected.update({name: each / rest for name, each in use.items() if name not in known})
+    n = counts.total()
+    assert n > 900
+    assert counts.keys() == use.keys()
+    for name, count in counts.items():
+        assert abs(count - expected[name]) <= 4 * np.sqrt(expected[name])
+    assert counts["by"] / n < 0.15  # by the weights of its frames it would be 0.23
 
 
 def test_eliminations_drop_one_word_and_compare_the_next(pairs: dict[str, list[Pair | None]]) -> None:

@@ -50,6 +50,33 @@ def words_per_sentence(params: CorpusParams) -> dict[str, float]:
     return dict(total)
 
 
+@lru_cache(maxsize=64)
+def preposition_use(params: CorpusParams) -> dict[str, float]:
+    """Expected number of each preposition that marks a role in one sentence; 0 for those that never occur."""
+    simple, medium, complex_ = params.complexity
+    quarter = complex_ / 4
+    # (how many predicates of a sentence are of a kind, rich, probability of an oblique, whether it may be passive)
+    kinds = (
+        (simple + 2 * quarter, False, 0.0, False),  # both relative clauses, or the clause that replaces one
+        (medium, True, OBLIQUE["medium"], True),
+        (4 * quarter, True, OBLIQUE["coordinated"], True),
+        (quarter, True, OBLIQUE["coordinated"], False),
+        (quarter, True, OBLIQUE["relative"], True),
+    )
+    total: defaultdict[str, float] = defaultdict(float)
+    for name, share in params.frame_shares.items():
+        frame = FRAMES[name]
+        for count, rich, oblique, passive in kinds:
+            chance = oblique if rich else 0.0
+            none = (1 - chance) ** len(frame.obliques)
+            for place, (preposition, _) in enumerate(frame.obliques):
+                forced = none / 2 if frame.required and place < 2 else 0.0  # one of the two that are the frame's own
+                total[preposition] += count * share * (chance + forced)
+            if rich and passive and frame.passive:
+                total["by"] += count * share * params.passive * AGENT_PHRASE
+    return dict(total)
+
+
 def entropy_per_word(params: CorpusParams, alpha: float) -> float:
     """Bits per content word given its list, ``sum_l m_l H_l / sum_l m_l``, for the exponent ``alpha``.
 

@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 
 from trace_offline.core.errors import UsageError, nearest
-from trace_offline.corpus.expectation import exponent
+from trace_offline.corpus.expectation import exponent, preposition_use
 from trace_offline.corpus.grammar import FRAMES, MODIFIER_PREPOSITIONS
-from trace_offline.corpus.lexicon import PREPOSITIONS, build_lexicon, inflect
+from trace_offline.corpus.lexicon import build_lexicon, inflect
 from trace_offline.corpus.lexis import field_lists, lemma_lists
 from trace_offline.corpus.pairs import Pair, write_pairs
 from trace_offline.corpus.params import CorpusParams, read_origin
@@ -52,12 +52,29 @@ class _Words:
         alpha = exponent(params)
         self.probabilities = {name: zipf_probabilities(len(stems), alpha) for name, stems in self.lists.items()}
         self.places = {name: {stem: i for i, stem in enumerate(stems)} for name, stems in self.lists.items()}
+        self.prepositions = preposition_use(params)
+        self.frame_shares = params.frame_shares
         self.fields: dict[str, np.ndarray] = {}
         if params.collocated:
             for name, layout in field_lists(lexicon, params).items():
                 order = [self.places[name][stem] for stem in layout.stems]
                 self.fields[name] = np.empty_like(layout.overlap())
                 self.fields[name][order] = layout.overlap()
+
+    def objectless(self, frame: str) -> dict[str, float]:
+        """Shares of the frames without an object that give their subject the role that it has in ``frame``."""
+        subject = FRAMES[frame].subject
+        return {
+            name: share
+            for name, share in self.frame_shares.items()
+            if share > 0 and FRAMES[name].object is None and FRAMES[name].subject == subject
+        }
+
+    def wrong_prepositions(self, clause: Clause) -> dict[str, float]:
+        """Use of the prepositions that mark no role in this clause; those that never occur are none."""
+        known = {"by"} if clause.passive else set()
+        known |= {preposition for preposition, _ in FRAMES[clause.frame].obliques}
+        return {name: use for name, use in self.prepositions.items() if use > 0 and name not in known}
 
     def draw(self, name: str, rng: np.random.Generator) -> str:
         """A lemma of a list with its probability in the corpus."""
@@ -154,7 +171,7 @@ def _synonym(sentence: AnnotatedSentence, rng: np.random.Generator, words: _Word
 def _role_violation(sentence: AnnotatedSentence, rng: np.random.Generator, words: _Words) -> Pair | None:
     places: list[tuple[str, int, int]] = []
     for number, clause in enumerate(sentence.clauses):
-        if not clause.passive and FRAMES[clause.frame].object and _objectless(clause.frame):
+        if not clause.passive and FRAMES[clause.frame].object and words.objectless(clause.frame):
             places.append(("object", number, clause.verb + 1))
     for i, tag in enumerate(sentence.pos):
         if tag == "ADP" and sentence.words[i] not in MODIFIER_PREPOSITIONS:
@@ -162,21 +179,19 @@ def _role_violation(sentence: AnnotatedSentence, rng: np.random.Generator, words
             number = max(
                 (n for n, c in enumerate(sentence.clauses) if c.verb < i), key=lambda n: sentence.clauses[n].verb
             )
-            places.append(("preposition", number, i))
+            if words.wrong_prepositions(sentence.clauses[number]):
+                places.append(("preposition", number, i))
     if not places:
         return None
     detail, number, place = places[int(rng.integers(len(places)))]
     clause = sentence.clauses[number]
     if detail == "preposition":
-        known = {preposition for preposition, _ in FRAMES[clause.frame].obliques} | (
-            {"by"} if clause.passive else set()
-        )
-        other = _weighted({p: w for p, w in _PREPOSITION_WEIGHTS.items() if p not in known}, rng)
+        other = _weighted(words.wrong_prepositions(clause), rng)
         changed = _replaced(sentence, place, word=other, lemma=other)
         head = next(i for i in range(place, len(sentence.words)) if sentence.pos[i] == "NOUN")
         roles = tuple(None if i == head else role for i, role in enumerate(sentence.roles))
         return Pair("role_violation", sentence, replace(changed, roles=roles), (place,), (place,), detail)
-    frame = _weighted(_objectless(clause.frame), rng)
+    frame = _weighted(words.objectless(clause.frame), rng)
     stem = words.draw(f"verb {frame}", rng)
     ending = sentence.words[clause.verb][len(sentence.lemmas[clause.verb]) :]
     changed = _replaced(sentence, clause.verb, word=stem + ending, lemma=stem)
@@ -298,23 +313,6 @@ def _removed(sentence: AnnotatedSentence, place: int) -> AnnotatedSentence:
     )
 
 
-def _objectless(frame: str) -> dict[str, float]:
-    """Weights of the frames without an object that give their subject the role that it has in ``frame``."""
-    subject = FRAMES[frame].subject
-    return {name: each.weight for name, each in FRAMES.items() if each.object is None and each.subject == subject}
-
-
 def _weighted(weights: dict[str, float], rng: np.random.Generator) -> str:
     shares = np.array(list(weights.values()))
     return list(weights)[int(rng.choice(len(shares), p=shares / shares.sum()))]
-
-
-# How much each preposition is used, so that one put in the wrong place is no rarer than it is elsewhere.
-_PREPOSITION_WEIGHTS = {
-    preposition: sum(
-        frame.weight
-        for frame in FRAMES.values()
-        if preposition in dict(frame.obliques) or (preposition == "by" and frame.passive)
-    )
-    for preposition in PREPOSITIONS
-}
