@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from itertools import combinations
 
@@ -15,12 +16,59 @@ from trace_offline.estimators.change_points import find_change_points
 from trace_offline.estimators.convergence import find_convergence
 from trace_offline.estimators.emergence import NoEvent, find_emergence
 from trace_offline.estimators.event_order import order_of_events
+from trace_offline.estimators.history_levels import shortfall
 from trace_offline.estimators.history_noise import Noise, NoiseUnknown, correlated_noise, estimate_noise
 from trace_offline.estimators.last_improvement import last_improvement
 from trace_offline.estimators.peak import find_peak
 from trace_offline.estimators.regress import find_regress
 
 LEVEL = 0.0125
+
+
+def test_the_reason_names_the_test_that_failed() -> None:
+    """Whatever is printed as found lies below what is printed as needed."""
+    generator = np.random.default_rng(5)
+    seen = Counter()
+    for _ in range(300):
+        n = int(generator.integers(6, 30))
+        bump = np.exp(-0.5 * ((np.arange(n) - n / 2) / 1.5) ** 2)
+        shapes = (bump, np.linspace(0, 1, n) ** 2, -np.linspace(0, 1, n))
+        values = 5 * generator.random() * shapes[int(generator.integers(3))] + generator.normal(size=n)
+        known = estimate_noise(np.arange(n, dtype=float), values, np.ones(n))
+        for look, more in ((find_emergence, {"share": 0.25}), (find_regress, {"share": 0.25}), (find_peak, {})):
+            try:
+                look(np.arange(n, dtype=float), values, known, level=LEVEL, **more)
+                continue
+            except NoEvent as reason:
+                said = str(reason)
+            found = re.search(r"noise: (.*?)(-?[\d.]+) standard errors, ([\d.]+) are needed", said)
+            if found:
+                assert float(found[2]) < float(found[3]), said
+                seen[found[1]] += 1
+    assert seen["the largest is "] > 50
+    assert seen["distance beyond the nearer end is "] > 50
+
+
+def test_a_shortfall_shows_the_digits_that_differ() -> None:
+    assert shortfall(2.0, 3.3) == "2.0 standard errors, 3.3 are needed"
+    assert shortfall(3.28, 3.31) == "3.28 standard errors, 3.31 are needed"
+
+
+@pytest.mark.parametrize(("kind", "words"), [("emergence", "from the first level to the best one it is 1.0"),
+                                             ("regress", "from the best level to the last one it is 1.0"),
+                                             ("peak", "of the levels beyond the first one is 1.0")])  # fmt: skip
+def test_the_second_test_has_numbers_of_its_own(kind: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = np.arange(61.0)
+    values = 100 * np.exp(-(((steps - 30) / 12) ** 2)) + np.random.default_rng(1).normal(size=61)
+    known = estimate_noise(steps, values, np.ones(61))
+    look = {
+        "emergence": lambda: find_emergence(steps, values, known, share=0.25, level=LEVEL),
+        "regress": lambda: find_regress(steps, values, known, share=0.25, level=LEVEL),
+        "peak": lambda: find_peak(steps, values, known, level=LEVEL),
+    }[kind]
+    monkeypatch.setattr(f"trace_offline.estimators.{kind}.exceeds", lambda *_: (1.0, 4.5))
+    with pytest.raises(NoEvent, match=f"{words} standard errors, 4.5 are needed"):
+        look()
 
 
 def all_events(steps: Floats, values: Floats, known: Noise) -> list[str]:

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trace_offline.estimators.history_levels import best_run, exceeds, largest_rise, leading_run, mean_weights
+from trace_offline.estimators.history_levels import (
+    best_run,
+    exceeds,
+    largest_rise,
+    leading_run,
+    mean_weights,
+    shortfall,
+)
 from trace_offline.estimators.history_noise import Noise
 from trace_offline.estimators.krylov import Floats
 from trace_offline.estimators.lasting_crossing import between, lasting_crossing
@@ -52,9 +59,11 @@ def find_emergence(
     ratio, tests = largest_rise(values, noise)
     limit = noise.limit(level, tails * tests)
     start, best = leading_run(values, noise), best_run(values, noise)
-    higher, _ = exceeds(values, noise, best, start, level)
-    if ratio <= limit or not higher:
-        raise NoEvent(f"no rise beyond noise: the largest is {ratio:.1f} standard errors, {limit:.1f} are needed")
+    if ratio <= limit:
+        raise NoEvent(f"no rise beyond noise: the largest is {shortfall(ratio, limit)}")
+    above, needed = exceeds(values, noise, best, start, level)
+    if above <= needed:
+        raise NoEvent(f"no rise beyond noise: from the first level to the best one it is {shortfall(above, needed)}")
     threshold = (1 - share) * mean_weights(start) + share * mean_weights(best)
     crossing = lasting_crossing(values, noise, threshold, first=0, last=int(np.argmax(values)), level=1 - confidence)
     if len(values) - crossing.k < 3:

@@ -97,13 +97,19 @@ def largest_fall(values: Floats, noise: Noise) -> tuple[float, int]:
     return float(ratio[allowed].max()), int(allowed.sum())
 
 
-def exceeds(values: Floats, noise: Noise, upper: Bools, lower: Bools, level: float) -> tuple[bool, float]:
-    """Whether the mean over ``upper`` lies above that over ``lower`` by more than noise, and the ratio to its stderr.
+def exceeds(values: Floats, noise: Noise, upper: Bools, lower: Bools, level: float) -> tuple[float, float]:
+    """(by how many standard errors the mean over ``upper`` lies above that over ``lower``, how many noise may make).
 
     Both sets were chosen by looking at the values, so the limit is that of all pairs of points.
     """
+    limit = noise.limit(level, len(values) * (len(values) - 1))
     weights = mean_weights(upper) - mean_weights(lower)
     if not weights.any():
-        return False, 0.0
-    ratio = float(weights @ values) / float(noise.contrast(weights)[0])
-    return ratio > noise.limit(level, len(values) * (len(values) - 1)), ratio
+        return 0.0, limit
+    return float(weights @ values) / float(noise.contrast(weights)[0]), limit
+
+
+def shortfall(ratio: float, limit: float) -> str:
+    """``3.1 standard errors, 3.3 are needed``, with as many digits as tell the two apart."""
+    digits = next((n for n in range(1, 6) if f"{ratio:.{n}f}" != f"{limit:.{n}f}"), 6)
+    return f"{ratio:.{digits}f} standard errors, {limit:.{digits}f} are needed"

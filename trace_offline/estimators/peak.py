@@ -12,6 +12,7 @@ from trace_offline.estimators.history_levels import (
     exceeds,
     leading_run,
     mean_weights,
+    shortfall,
     trailing_run,
     window_means,
     windows,
@@ -62,12 +63,13 @@ def find_peak(
     ratio = float(np.minimum(before, after).max())
     limit = noise.limit(level, tails * len(starts) * len(_ENDS))
     top, head, tail = best_run(values, noise), leading_run(values, noise), trailing_run(values, noise)
-    above = exceeds(values, noise, top, head, level)[0] and exceeds(values, noise, top, tail, level)[0]
-    if ratio <= limit or not above:
-        raise NoEvent(
-            f"no interior extremum beyond noise: it lies {ratio:.1f} standard errors beyond the nearer end, "
-            f"{limit:.1f} are needed"
-        )
+    for what, found, needed in (
+        ("beyond the nearer end", ratio, limit),
+        ("of the levels beyond the first one", *exceeds(values, noise, top, head, level)),
+        ("of the levels beyond the last one", *exceeds(values, noise, top, tail, level)),
+    ):
+        if found <= needed:
+            raise NoEvent(f"no interior extremum beyond noise: distance {what} is {shortfall(found, needed)}")
     likely = noise.limit(1 - confidence, len(starts))
     difference = np.hypot(errors[:, None], noise.sigma)
     possible = np.flatnonzero(((means[:, None] - values) / difference <= likely).all(0))

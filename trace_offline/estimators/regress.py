@@ -11,7 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from trace_offline.estimators.emergence import NoEvent, enough_points
-from trace_offline.estimators.history_levels import best_run, exceeds, largest_fall, mean_weights, trailing_run
+from trace_offline.estimators.history_levels import (
+    best_run,
+    exceeds,
+    largest_fall,
+    mean_weights,
+    shortfall,
+    trailing_run,
+)
 from trace_offline.estimators.history_noise import Noise
 from trace_offline.estimators.krylov import Floats
 from trace_offline.estimators.lasting_crossing import between, lasting_crossing
@@ -45,10 +52,12 @@ def find_regress(
     limit = noise.limit(level, tails * tests)
     best, end = best_run(values, noise), trailing_run(values, noise)
     peak, last = int(np.argmax(values)), len(values) - 1
-    higher, _ = exceeds(values, noise, best, end, level)
-    if ratio <= limit or not higher:
+    if ratio <= limit:
+        raise NoEvent(f"no lasting fall beyond noise: the largest is {shortfall(ratio, limit)}")
+    below, needed = exceeds(values, noise, best, end, level)
+    if below <= needed:
         raise NoEvent(
-            f"no lasting fall beyond noise: the largest is {ratio:.1f} standard errors, {limit:.1f} are needed"
+            f"no lasting fall beyond noise: from the best level to the last one it is {shortfall(below, needed)}"
         )
     threshold = (1 - share) * mean_weights(best) + share * mean_weights(end)
     crossing = lasting_crossing(-values, noise, threshold, first=peak, last=last, level=1 - confidence)
