@@ -99,7 +99,10 @@ def _search_by_product(
     # |fl(|a|²+|b|²−2a·b) − |a−b|²| ≤ γ(|a|+|b|)², γ = (D+4)u, plus the rounding of the centred coordinates (2u each).
     gamma = (width + 8) * _UNIT_ROUNDOFF[centred.dtype]
     longest = float(norms.max().sqrt()) if n else 0.0
-    per_row = 2 * n * centred.element_size() + 3 * 8 * n_candidates * width
+    # A product of few rows is slow, so what is beside the table must be small: on a CPU the differences are.
+    per_row = 2 * n * centred.element_size() + 3 * 8 * n_candidates * _GROUP
+    if points.device.type != "cpu":
+        per_row += 3 * 8 * n_candidates * width
     step = max(1, block_bytes // max(1, per_row))
     # One table for all blocks: fresh memory of this size costs more than the arithmetic on it.
     table = centred.new_empty(min(step, len(rows)), n)
