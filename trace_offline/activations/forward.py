@@ -90,9 +90,9 @@ def run_pass(
     rows_at_most: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
     memory_floats: int = MEMORY_FLOATS,
-    on_error: Callable[[str, Exception], None] | None = None,
+    on_error: Callable[[str, BaseException], None] | None = None,
     on_batch: Callable[[int, int], None] | None = None,
-) -> dict[str, Exception]:
+) -> dict[str, BaseException]:
     """Run the network once over the set; every collector sees every batch, in the order of the rows.
 
     ``first_row``: the rows before it are left out. Each batch is cut to its longest sequence. A batch holds at most
@@ -101,9 +101,9 @@ def run_pass(
     output head is skipped when no collector needs logits, the network when none needs it.
     Values that are not finite are handed on as they are.
 
-    A collector that raises is dropped while the others go on; one that needs hidden states or logits the network
-    cannot give is dropped with NotApplicable. The exceptions are returned by name (``on_error`` hears of each at once);
-    the caller calls ``finish`` of the rest. ``on_batch`` is told rows done and rows in all.
+    A collector that raises, ``SystemExit`` included, is dropped while the others go on; one that needs hidden states or
+    logits the network cannot give is dropped with NotApplicable. The exceptions are returned by name (``on_error``
+    hears of each at once); the caller calls ``finish`` of the rest. ``on_batch`` is told rows done and rows in all.
 
     When a GPU runs out of memory, PassOutOfMemory is raised at once: the caller begins anew with other collectors and
     ``rows_at_most`` half of its ``rows``. With that given, and where a single row was too much, there is no second
@@ -112,10 +112,10 @@ def run_pass(
     Raises EvaluationSetError when the network cannot take the tokens (an id or a position it has no embedding for),
     CheckpointError when it does not take ``input_ids`` and ``attention_mask``.
     """
-    dropped: dict[str, Exception] = {}
+    dropped: dict[str, BaseException] = {}
     active = dict(collectors)
 
-    def drop(name: str, error: Exception) -> None:
+    def drop(name: str, error: BaseException) -> None:
         del active[name]
         dropped[name] = error
         if on_error is not None:
@@ -184,14 +184,19 @@ def _shape(model: ModelView, anatomy: Anatomy, evaluation: TokenSource) -> PassS
     )
 
 
-def hand_out(batch: ForwardBatch, collectors: Mapping[str, Collector]) -> list[tuple[str, Exception]]:
-    """Show a batch to every collector; the names of those that raised, with what they raised."""
-    raised: list[tuple[str, Exception]] = []
+def hand_out(batch: ForwardBatch, collectors: Mapping[str, Collector]) -> list[tuple[str, BaseException]]:
+    """Show a batch to every collector; the names of those that raised, with what they raised.
+
+    Only a user's interrupt goes on its way: a plug-in that calls ``sys.exit`` must not end the run.
+    """
+    raised: list[tuple[str, BaseException]] = []
     for name, item in collectors.items():
         try:
             with torch.no_grad():
                 item.update(batch)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raised.append((name, error))
     return raised
 

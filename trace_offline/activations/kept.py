@@ -131,9 +131,9 @@ class Kept:
 
 def replay(
     kept: Kept, evaluation: TokenSource, collectors: Mapping[str, Collector], device: str
-) -> dict[str, Exception]:
+) -> dict[str, BaseException]:
     """Like ``run_pass``, from the file: every collector sees every batch; those that raised are returned by name."""
-    dropped: dict[str, Exception] = {}
+    dropped: dict[str, BaseException] = {}
     active = dict(collectors)
     for batch in kept.batches(evaluation, device):
         if not active:

@@ -11,6 +11,7 @@ from typing import Any
 from trace_offline.analyzers.base import Scope
 from trace_offline.analyzers.registry import registry
 from trace_offline.checkpoints.discover import discover, select
+from trace_offline.core.beside import beside
 from trace_offline.core.errors import CheckpointError, UsageError
 from trace_offline.core.types import Checkpoint
 from trace_offline.engine.board import Board
@@ -20,17 +21,23 @@ from trace_offline.engine.execution import Execution, Summary, Workforce, duplic
 from trace_offline.engine.fingerprints import known_fingerprints, with_fingerprints
 from trace_offline.engine.heldout import check_used, load_heldout, with_heldout
 from trace_offline.engine.interrupt import StopRequest
-from trace_offline.engine.options import AnalyzeOptions, choose_device, choose_jobs, factory_digest
+from trace_offline.engine.options import LATER, ONLY, AnalyzeOptions, Shard, choose_device, choose_jobs, factory_digest
 from trace_offline.engine.plan import Planner, default_run_name, resolve_analyzers, short_names
 from trace_offline.engine.progress import Progress, Silent
 from trace_offline.engine.remarks import remark_warnings, replaced_steps, replaced_text
+from trace_offline.engine.removed import removed_since
 from trace_offline.engine.series import SeriesPlan
 from trace_offline.engine.unit import Unit, WorkSettings
 from trace_offline.engine.worker import check_tokenizer_of
 from trace_offline.evaluation.evaluation_set import EvaluationSet
+from trace_offline.store.rows import checkpoint_id
 from trace_offline.store.writer import Writer
 
-__all__ = ["AnalyzeOptions", "Summary", "analyze"]
+__all__ = ["AnalyzeOptions", "NothingSelected", "Summary", "analyze"]
+
+
+class NothingSelected(UsageError):
+    """There are checkpoints, but none of those that were asked for."""
 
 
 def analyze(options: AnalyzeOptions, progress: Progress | None = None, stop: StopRequest | None = None) -> Summary:
@@ -44,7 +51,8 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None, stop: Sto
     progress = progress or Silent()
     options.check()
     wanted = resolve_analyzers(registry(), options.analyzers, options.params)
-    check_used(registry(), options, wanted)
+    if not options.rotating or options.compare == LATER:  # watch asks for all that it was asked for, then compares
+        check_used(registry(), options, wanted)
     evaluation = EvaluationSet.load(options.evaluation_set)
     heldout = None if options.heldout_set is None else load_heldout(options.heldout_set, evaluation)
     wanted = with_heldout(registry(), wanted, heldout)
@@ -88,10 +96,11 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None, stop: Sto
         replaced = _check_same_run(writer, run, options, needed)
         done = {str(key): str(status) for key, status in writer.read("select analysis_id, status from analyses")}
         planner = Planner(run, single, settings, done, options.force, stamps)
-        series = SeriesPlan(run, comparing, settings, writer.path.with_suffix(".extracts"), done, options.force)
-        chosen = _selected(needed, options)
+        series = SeriesPlan(run, comparing, settings, beside(writer.path, ".extracts"), done, options.force)
+        chosen = _selected(needed, options, later=options.rotating and bool(comparing))
         if options.shard is not None:
-            chosen, needed = (items[options.shard.index - 1 :: options.shard.count] for items in (chosen, needed))
+            needed, chosen = _share(needed, chosen, options.shard)
+        removed = removed_since(writer, run, needed) if options.rotating and comparing else []
         if series.pending(needed) or any(planner.missing(item) for item in chosen):
             _check_fit(needed, settings, evaluation, heldout)
 
@@ -129,9 +138,10 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None, stop: Sto
         )
         Execution(
             planner, series, writer, summary, workers, progress, register, stop or StopRequest(),
-            compare=options.shard is None, rotating=options.rotating,
+            compare=options.shard is None and options.compare != LATER, rotating=options.rotating,
+            measure=options.compare != ONLY, removed=removed,
             rules=DownloadRules(
-                options.hub_disk_limit, bool(options.remove_downloads), writer.path.with_suffix(".downloads.json")
+                options.hub_disk_limit, bool(options.remove_downloads), beside(writer.path, ".downloads.json")
             ),
         ).run(chosen, needed)  # fmt: skip
     summary.seconds = time.monotonic() - started
@@ -146,15 +156,38 @@ def _usable(found: list[Checkpoint], options: AnalyzeOptions) -> list[Checkpoint
     return usable
 
 
-def _selected(usable: list[Checkpoint], options: AnalyzeOptions) -> list[Checkpoint]:
+def _selected(usable: list[Checkpoint], options: AnalyzeOptions, *, later: bool = False) -> list[Checkpoint]:
+    """Those that were asked for. ``later``: they may still come. Raises NothingSelected."""
     if options.steps is None:
-        return usable
+        return usable if options.among is None else _among(usable, options, options.among)
     steps = options.steps
     chosen = [item for item in usable if item.step is not None and item.step in steps]
-    if not chosen:
+    if not chosen and not later:
         there = ", ".join(str(item.step) for item in usable[:20])
-        raise UsageError(f"--steps selects none of the checkpoints in {options.source}; there are steps {there}.")
+        raise NothingSelected(f"--steps selects none of the checkpoints in {options.source}; there are steps {there}.")
     return chosen
+
+
+def _among(usable: list[Checkpoint], options: AnalyzeOptions, among: frozenset[str]) -> list[Checkpoint]:
+    # One without a step is the whole series, and its identity says only where it lay.
+    run = options.run or default_run_name(options.source)
+    chosen = [item for item in usable if item.step is None or checkpoint_id(run, item) in among]
+    if not chosen:
+        raise NothingSelected(
+            f'None of the checkpoints at which run "{run}" was measured is in {options.source} any more. Say where '
+            "they are with --source, choose others with --steps, or use analyze."
+        )
+    return chosen
+
+
+def _share(
+    needed: list[Checkpoint], chosen: list[Checkpoint], shard: Shard
+) -> tuple[list[Checkpoint], list[Checkpoint]]:
+    """The part of a shard in both: the chosen ones are dealt out first, so that every shard has its share of them."""
+    first = {id(item) for item in chosen}
+    dealt = [*chosen, *(item for item in needed if id(item) not in first)]
+    mine = {id(item) for item in dealt[shard.index - 1 :: shard.count]}
+    return [item for item in needed if id(item) in mine], [item for item in chosen if id(item) in mine]
 
 
 def _check_fit(chosen: list[Checkpoint], settings: WorkSettings, *sets: EvaluationSet | None) -> None:

@@ -191,10 +191,10 @@ def _number(value: Any) -> float | int:
 
 def _load(path: Path) -> dict[str, Any] | None:
     try:
-        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        loaded = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    return loaded
+    return loaded if isinstance(loaded, dict) else None
 
 
 def _record(outcome: Outcome) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trace_offline.core.beside import beside
 from trace_offline.core.errors import UsageError
 from trace_offline.core.hashing import canonical_json, digest, file_digest
 from trace_offline.engine.unit import Unit, WorkSettings, model_fingerprint
@@ -51,7 +52,7 @@ def cache_folder(cache: str | None, size: str | None, store: Path) -> Path | Non
     """Where the cache is: ``auto`` (or a size alone) beside the store, a folder, or None when it is off."""
     if cache == OFF or (cache is None and size is None):
         return None
-    return store.absolute().with_suffix(".cache") if cache in (None, AUTO) else Path(str(cache)).absolute()
+    return beside(store.absolute(), ".cache") if cache in (None, AUTO) else Path(str(cache)).absolute()
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ class UnitActivations:
 
     def run_pass(
         self, model: Any, evaluation: Any, collectors: Mapping[str, Any], rows_at_most: int | None = None
-    ) -> dict[str, Exception]:
+    ) -> dict[str, BaseException]:
         """``run_pass`` over the network, or from what is kept when that is enough; what is new is kept."""
         from trace_offline.activations.forward import run_pass
         from trace_offline.activations.kept import Recorder, replay

@@ -22,6 +22,7 @@ from trace_offline.engine.interrupt import StopRequest
 from trace_offline.engine.plan import Planner
 from trace_offline.engine.progress import Progress, name_of
 from trace_offline.engine.readahead import one_ahead
+from trace_offline.engine.removed import in_order
 from trace_offline.engine.series import SeriesPlan
 from trace_offline.engine.unit import AnalysisRequest, Unit, Wait, Wanted
 from trace_offline.engine.worker import run_unit
@@ -110,7 +111,9 @@ class Execution:
     """One run of what is missing. ``register``: stores a checkpoint whose fingerprint became known on the way.
 
     ``compare`` False: extract only (a shard of a series cannot be compared). ``rotating``: the training deletes old
-    checkpoints, so one that is gone before it was read is no failure. ``rules``: for revisions on the hub.
+    checkpoints, so one that is gone before it was read is no failure; ``removed``: those that are gone since, which
+    comparisons count. ``measure`` False: compare what is extracted, measure nothing. ``rules``: for revisions on the
+    hub.
     """
 
     planner: Planner
@@ -123,6 +126,8 @@ class Execution:
     stop: StopRequest = field(default_factory=StopRequest)
     compare: bool = True
     rotating: bool = False
+    measure: bool = True
+    removed: list[Checkpoint] = field(default_factory=list)
     rules: DownloadRules = field(default_factory=DownloadRules)
     costs: Costs = field(default_factory=lambda: Costs(1, Counter()))
     _names: dict[str, str] = field(default_factory=dict)
@@ -133,7 +138,10 @@ class Execution:
     def run(self, chosen: list[Checkpoint], whole: list[Checkpoint]) -> None:
         """Measure ``chosen`` and compare ``whole`` (the series, in order of training), as far as it is missing."""
         planner, series = self.planner, self.series
-        pending = series.pending(whole)
+        line = in_order([*whole, *self.removed]) if self.removed else whole
+        pending = tuple(item for item in series.wanted if not series.is_done(item, self._comparable(item, line)))
+        if not self.measure:
+            chosen, whole = [], []
         places = {id(item) for item in chosen}
         for item in chosen:
             if item.fingerprint is not None:
@@ -154,9 +162,9 @@ class Execution:
             for item in whole
             if item.layout == "hub" and ((id(item) in places and planner.missing(item)) or series.lacks(item, pending))
         ]
-        todo = sum(len(unit.requests) for unit in units) + len(pending) * len(whole)
+        todo = sum(len(unit.requests) for unit in units) + len(pending) * len(line) * self.compare
         todo += sum(planner.missing(item) for item in remote if id(item) in places) + len(pending) * len(remote)
-        self._count_done(chosen, whole, pending, units)
+        self._count_done(chosen, line, pending, units)
         gone: list[tuple[Checkpoint, str]] = []
         downloads = Downloads(
             remote,
@@ -172,28 +180,41 @@ class Execution:
             self.workers.board.clear()  # what a killed run left there is stored by now
             return
         self.progress.start(todo, len(whole) if pending else len(units) + len(remote))
-        final = {id(item): item for item in whole}
-        self._expect(units, remote, pending, len(whole))
+        final = {id(item): item for item in line}
+        self._expect(units, remote, pending, len(line))
         board = self.workers.board
         try:
             # Kept by an earlier run and not wanted by this one: must not stand in for what this run measures.
             board.clear()
             board.open()
             self.stop.armed = True
-            self._measure(units, downloads, final, lambda item, asked: unit_of(item, measure=asked in places))
-            self._count_lost(gone, downloads, pending)
-            known = [final[id(item)] for item in whole]
-            for wanted in pending:
-                if self.compare and not self.stop.requested:
-                    self._compare(wanted, known)
+            with self.writer.patient(self.progress.note):
+                self._measure(units, downloads, final, lambda item, asked: unit_of(item, measure=asked in places))
+                self._count_lost(gone, downloads, pending)
+                known = [final[id(item)] for item in line]
+                for wanted in pending:
+                    if self.compare and not self.stop.requested:
+                        self._compare(wanted, known)
             self.summary.warnings += [text for text in duplicate_warnings(known) if text not in self.summary.warnings]
+            board.clear()
         finally:
             self.stop.armed = False
             self.summary.interrupted = self.stop.requested
             downloads.close()
             self.summary.warnings += downloads.warnings
             self.progress.stop()
-            board.clear()
+            board.leave()
+
+    def _comparable(self, item: Wanted, line: list[Checkpoint]) -> list[Checkpoint]:
+        """Those of a series that give an extract, or will; the whole series unless the training removes some of it."""
+        if not self.rotating:
+            return line
+        return [
+            checkpoint
+            for checkpoint in line
+            if self.series.has_extract(item, checkpoint)
+            or (self.measure and (checkpoint.weight_files or checkpoint.layout == "hub") and not _is_gone(checkpoint))
+        ]
 
     def _recover(self) -> None:
         """Store what an earlier run finished but was killed before it could store."""
@@ -306,7 +327,9 @@ class Execution:
                 self.summary.warnings += [f"{name_of(checkpoint)}: {text}" for text in outcome.detail.get("notes", ())]
                 if request.extract_to is not None:
                     self.series.extracted(request, outcome)
-                    names[outcome.analysis_id] = f"{request.analyzer} (extract)"
+                    names[outcome.analysis_id] = _cost_name(request)
+                    if not self.compare and outcome.status in (AnalysisStatus.FAILED, AnalysisStatus.CRASHED):
+                        self.summary.count(checkpoint, _cost_name(request), outcome)  # no comparison will say so
                     continue
                 self.writer.record(outcome, self._identities[outcome.analysis_id])
                 self.summary.count(checkpoint, request.analyzer, outcome)
@@ -328,7 +351,7 @@ class Execution:
 
     def _compare(self, item: Wanted, series: list[Checkpoint]) -> None:
         """One comparison over the checkpoints that could be had."""
-        there = [checkpoint for checkpoint in series if checkpoint.fingerprint is not None]
+        there = [checkpoint for checkpoint in self._comparable(item, series) if checkpoint.fingerprint is not None]
         rows = self.series.identities(item, there)
         self.writer.plan(rows)
         outcomes = self.series.compare(item, there, self.workers.jobs)

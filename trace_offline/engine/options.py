@@ -16,6 +16,7 @@ from trace_offline.engine.devices import Placement, check_device, check_tf32, pa
 
 DTYPES = ("float32", "tf32", "float64", "bfloat16", "float16")
 EXECUTORS = ("inline", "joblib", "dask")
+NOW, LATER, ONLY = "now", "later", "only"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,10 @@ class AnalyzeOptions:
     ``cache``: ``auto`` (a folder beside the store), ``off`` or a folder; a ``cache_size`` alone means ``auto``.
     ``hub_disk_limit``: the most that downloads from the hub may take (``50GB``); ``remove_downloads``: each goes after
     its analyses are stored.
-    ``rotating``: the training deletes old checkpoints; one that is gone before it was read is no failure.
+    ``among``: only these checkpoints (``checkpoint_id``), where no ``steps`` are named.
+    ``rotating``: the training deletes old checkpoints; one that is gone before it was read is no failure, and
+    comparisons count those that are gone since. ``compare``: ``now``; ``later`` only extracts what comparisons need;
+    ``only`` compares what is extracted and measures nothing.
     ``named``: whether the user named the run (None: if ``run`` is given), so that its weights may have been replaced.
     """
 
@@ -69,6 +73,8 @@ class AnalyzeOptions:
     scheduler: str | None = None
     shard: Shard | None = None
     rotating: bool = False
+    compare: str = NOW
+    among: frozenset[str] | None = None
     cache: str | None = None
     cache_size: str | None = None
     hub_disk_limit: str | None = None

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from trace_offline.analyzers.base import Scope
 from trace_offline.analyzers.registry import registry
 from trace_offline.core.errors import StoreError, TraceOfflineError, UsageError, nearest
 from trace_offline.core.steps import StepSelection
-from trace_offline.engine.analyze import Summary, analyze
+from trace_offline.engine.analyze import NothingSelected, Summary, analyze
 from trace_offline.engine.heldout import uses_heldout
 from trace_offline.engine.interrupt import StopRequest
 from trace_offline.engine.options import AnalyzeOptions
 from trace_offline.engine.progress import Progress
 from trace_offline.engine.unit import HELDOUT
 from trace_offline.query.reader import Store
+from trace_offline.store.writer import revision_patterns
 
 _KEPT = ("revisions", "dtype", "seed", "device", "jobs", "model_factory", "blocks", "tokenizer", "trust_remote_code",
          "cache", "cache_size", "hub_disk_limit", "remove_downloads")  # fmt: skip
@@ -55,12 +58,14 @@ def rerun(
 ) -> list[Summary]:
     """Run one analyzer again over every run of a store (or the one named).
 
-    Each run is repeated as it was asked for: on each of its evaluation sets, with its number type, seed, factory. Where
-    the analyzer took part in some of these, only those; where in none, all. Parameters start from those of the
-    analyzer's latest analysis there; ``params`` changes single ones. What is stored with these very parameters is left
-    alone unless ``force``. ``source``, ``evaluation_set`` and ``heldout_set`` say where the files are now, when they
-    moved. An analyzer that looks at a second evaluation set gets the one of its latest analysis there (none, if that
-    had none); where it has not run yet, the one that the run was last asked with.
+    Each run is repeated as it was asked for: on each of its evaluation sets, with its number type, seed, factory, and
+    with each pattern of revisions. Where the analyzer took part in some of these, only those; where in none, all.
+    Without ``steps`` the checkpoints are those that the analyzer was asked to measure there, or, where it has not run
+    yet, those that any analyzer was; comparisons are made over the whole series. Parameters start from those of the
+    analyzer's latest analysis there, however it ended; ``params`` changes single ones. What is stored with these very
+    parameters is left alone unless ``force``. ``source``, ``evaluation_set`` and ``heldout_set`` say where the files
+    are now, when they moved. An analyzer that looks at a second evaluation set gets the one of its latest analysis
+    there (none, if that had none); where it has not run yet, the one that the run was last asked with.
 
     A run that cannot be repeated (its files are gone) is reported in its summary and leaves the others alone; when
     there is only one, the error is raised.
@@ -79,6 +84,7 @@ def rerun(
             break
         kept = json.loads(row["options"])
         latest = _latest(opened, row, analyzer)
+        patterns = revision_patterns(kept)
         options = AnalyzeOptions(
             source=source or row["source"],
             evaluation_set=evaluation_set or Path(row["path"]),
@@ -88,6 +94,7 @@ def rerun(
             run=row["run"],
             named=run is not None,
             steps=steps,
+            among=_places(opened, row, analyzer),
             force=force,
             executor=executor,
             timeout=timeout,
@@ -105,13 +112,22 @@ def rerun(
                 ),
             },
         )
-        try:
-            summaries.append(analyze(options, progress, stop))
-        except TraceOfflineError as error:
-            if len(rows) == 1 or isinstance(error, StoreError):
-                raise
-            problem = f"{row['run']} on {row['name']}: {error.message}"
-            summaries.append(Summary(row["run"], store, 0, failed=1, problems=[problem]))
+        begun, before = len(summaries), _sequence(opened)
+        for pattern in patterns:
+            if len(summaries) > begun and summaries[-1].interrupted:
+                break
+            among = options.among
+            if among is not None and len(summaries) > begun:
+                among -= _measured_since(opened, before, analyzer)  # patterns may overlap
+            try:
+                summaries.append(analyze(replace(options, revisions=pattern, among=among), progress, stop))
+            except TraceOfflineError as error:
+                if isinstance(error, NothingSelected) and len(summaries) > begun:
+                    continue
+                if len(rows) == len(patterns) == 1 or isinstance(error, StoreError):
+                    raise
+                problem = f"{row['run']} on {row['name']}: {error.message}"
+                summaries.append(Summary(row["run"], store, 0, failed=1, problems=[problem]))
     return summaries
 
 
@@ -128,16 +144,43 @@ def _requests(store: Store, analyzer: str, run: str | None) -> list[dict[str, An
     return [row for row in rows if row["took_part"] or row["run"] not in took_part]
 
 
+def _places(store: Store, row: Mapping[str, Any], analyzer: str) -> frozenset[str] | None:
+    """The checkpoints that were asked for, revisions that could not be had included; None for a comparison."""
+    if registry().get(analyzer).scope is not Scope.CHECKPOINT:
+        return None
+    found = store.sql(
+        "select p.checkpoint_id from planned p join checkpoints c using (checkpoint_id) where c.run = ? "
+        "and p.evaluation_set = ? and p.dtype = ? and p.seed = ? and (p.analyzer = ? or not ?) "
+        "union select checkpoint_id from checkpoints where run = ? and fingerprint is null "
+        "and state in ('complete', 'duplicate')",
+        [row["run"], row["hash"], row["dtype"], row["seed"], analyzer, row["took_part"], row["run"]],
+    )
+    return frozenset(found.column(0).to_pylist()) or None
+
+
+def _sequence(store: Store) -> int:
+    return int(store.scalar("select coalesce(max(sequence), 0) from analyses"))
+
+
+def _measured_since(store: Store, sequence: int, analyzer: str) -> frozenset[str]:
+    found = store.sql(
+        "select p.checkpoint_id from planned p join analyses a using (analysis_id) where a.analyzer = ? "
+        "and a.sequence > ?",
+        [analyzer, sequence],
+    )
+    return frozenset(found.column(0).to_pylist())
+
+
 def _given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
 def _latest(store: Store, row: Mapping[str, Any], analyzer: str) -> dict[str, Any] | None:
-    """Stored parameters of the latest analysis; None where there is none yet."""
+    """Stored parameters of the latest analysis, or of the latest that was planned; None where there is none yet."""
     found = store.scalar(
-        "select a.params from analyses a join planned p using (analysis_id) join checkpoints c using (checkpoint_id) "
-        "where c.run = ? and a.analyzer = ? and a.evaluation_set = ? and a.dtype = ? and a.seed = ? "
-        "and a.status in ('ok', 'not_applicable') order by a.sequence desc limit 1",
+        "select p.params from planned p left join analyses a using (analysis_id) join checkpoints c "
+        "using (checkpoint_id) where c.run = ? and p.analyzer = ? and p.evaluation_set = ? and p.dtype = ? "
+        "and p.seed = ? order by a.sequence desc nulls last, p.planned_at desc limit 1",
         [row["run"], analyzer, row["hash"], row["dtype"], row["seed"]],
     )
     return None if found is None else dict(json.loads(found))

@@ -98,6 +98,10 @@ class SeriesPlan:
         """The analyzers whose comparison is to be made."""
         return tuple(item for item in self.wanted if not self.is_done(item, series))
 
+    def has_extract(self, item: Wanted, checkpoint: Checkpoint) -> bool:
+        """Whether what this analyzer compares, or why there is nothing, lies there."""
+        return checkpoint.fingerprint is not None and _is_there(self.target(item, checkpoint))
+
     def lacks(self, checkpoint: Checkpoint, pending: Iterable[Wanted]) -> bool:
         """Whether one of these needs an extract that is not there. Without a fingerprint nobody can tell: it does."""
         if checkpoint.fingerprint is None:

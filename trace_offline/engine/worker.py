@@ -55,7 +55,9 @@ def run_unit(unit: Unit) -> list[Outcome]:
         open_device(device)
         versions = {**versions, **device_facts(device)}
         _measure_all(unit, jobs, device, versions, report)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         for job in jobs:
             if job.outcome is None:
                 job.outcome = ended(job.request.analysis_id, error, device)

@@ -7,8 +7,9 @@ belong to the process, and closing any descriptor of the file would silently dro
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,19 +19,29 @@ from trace_offline.core.errors import StoreError
 from trace_offline.store.schema import SCHEMA_VERSION
 
 PATIENCE_SECONDS = 30.0
+_NOTE_AFTER, _NOTE_EVERY = 3.0, 300.0
+
+Waiting = Callable[[str], None]
+"""Told what is waited for, by somebody who waits as long as it takes."""
 
 
 def is_conflict(error: duckdb.Error) -> bool:
-    """Whether DuckDB refused because another process holds the file."""
+    """Whether DuckDB refused because the file is held: by another process, or by a reader beside a writer in this."""
     text = str(error)
-    return "Could not set lock" in text or "Conflicting lock" in text
+    return any(mark in text for mark in ("Could not set lock", "Conflicting lock", *_IN_THIS_PROCESS))
+
+
+# The second while the other connection is just being opened or closed.
+_IN_THIS_PROCESS = ("different configuration than existing connections", "Unique file handle conflict")
 
 
 @contextmanager
 def connection(
-    path: Path, *, read_only: bool, patience: float = PATIENCE_SECONDS
+    path: Path, *, read_only: bool, patience: float = PATIENCE_SECONDS, waiting: Waiting | None = None
 ) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection to the store at ``path``, retried for ``patience`` seconds while another process holds it.
+    """A connection to the store at ``path``, retried for ``patience`` seconds while somebody else holds it.
+
+    With ``waiting`` it is retried without end, and ``waiting`` is told so now and then.
 
     Raises StoreError when the file is missing, is no DuckDB file, is held too long, or cannot be read or written.
     """
@@ -38,29 +49,43 @@ def connection(
         raise StoreError(
             f"No store at {path}. Expected a .duckdb file made by `trace-offline analyze … --store {path.name}`."
         )
-    opened = _open(path, read_only=read_only, patience=patience)
+    opened = _open(path, read_only=read_only, patience=patience, waiting=waiting)
     try:
         yield opened
     finally:
         opened.close()
 
 
-def _open(path: Path, *, read_only: bool, patience: float) -> duckdb.DuckDBPyConnection:
+def _open(path: Path, *, read_only: bool, patience: float, waiting: Waiting | None) -> duckdb.DuckDBPyConnection:
     deadline = time.monotonic() + patience
+    told = time.monotonic() + _NOTE_AFTER
     delay = 0.005
     while True:
         try:
             return duckdb.connect(str(path), read_only=read_only)
         except duckdb.Error as error:
-            if is_conflict(error) and time.monotonic() < deadline:
+            now = time.monotonic()
+            if is_conflict(error) and (waiting is not None or now < deadline):
+                if waiting is not None and now >= told:
+                    waiting(f"waiting for {_holder(error)} to close {path}; what is finished is not lost")
+                    told = now + _NOTE_EVERY
                 time.sleep(delay)
                 delay = min(delay * 2, 0.25)
                 continue
             raise StoreError(_explain(path, error, read_only=read_only)) from error
 
 
+def _holder(error: duckdb.Error) -> str:
+    if any(mark in str(error) for mark in _IN_THIS_PROCESS):
+        return "a connection in this very program"
+    found = re.search(r"\(PID (\d+)\)", str(error))
+    return f"another program (PID {found[1]})" if found else "another program"
+
+
 def _explain(path: Path, error: duckdb.Error, *, read_only: bool) -> str:
     text = str(error).splitlines()[0]
+    if any(mark in text for mark in _IN_THIS_PROCESS):
+        return f"The store {path} is held by a connection in this very program: {text} Close it, or try again."
     if is_conflict(error):
         return f"The store {path} is held by another program: {text} Close it there, or try again in a moment."
     if "Permission denied" in str(error) or "Read-only file system" in str(error):

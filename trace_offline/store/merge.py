@@ -11,6 +11,7 @@ from pathlib import Path
 
 import duckdb
 
+from trace_offline.core.beside import beside
 from trace_offline.core.errors import StoreError, UsageError
 from trace_offline.store.connection import PATIENCE_SECONDS, check_version, is_conflict
 from trace_offline.store.writer import Writer
@@ -174,7 +175,7 @@ def _analyses(con: duckdb.DuckDBPyConnection, target: Path, merged: Merged) -> d
         "select c.new_key, a.name, a.path, a.sha256 from src.artifacts a join coming c on c.old_key = a.analysis"
     ).fetchall():
         # PATH is "STORE.artifacts/ANALYSIS/FILE", relative to the store's folder.
-        moved = "/".join((target.with_suffix(".artifacts").name, *Path(path).parts[-2:]))
+        moved = "/".join((beside(target, ".artifacts").name, *Path(path).parts[-2:]))
         files[str(path)] = moved
         con.execute("insert into artifacts values (?, ?, ?, ?)", [key, name, moved, sha256])
     # The order of ``sequence`` says which analysis is the latest; over stores only the clock can tell.
@@ -193,10 +194,10 @@ def _analyses(con: duckdb.DuckDBPyConnection, target: Path, merged: Merged) -> d
 def _copy_files(source: Path, target: Path, artifacts: dict[str, str]) -> None:
     """Artifacts, and the extracts that comparisons of a series are made of."""
     wanted = {source.parent / old: target.parent / new for old, new in artifacts.items()}
-    extracts = source.with_suffix(".extracts")
+    extracts = beside(source, ".extracts")
     for path in extracts.rglob("*"):
         if path.is_file() and not path.name.endswith(".new"):
-            wanted[path] = target.with_suffix(".extracts") / path.relative_to(extracts)
+            wanted[path] = beside(target, ".extracts") / path.relative_to(extracts)
     for old, new in wanted.items():
         if new.exists():
             continue

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -15,10 +15,11 @@ from typing import Any
 import duckdb
 import filelock
 
+from trace_offline.core.beside import beside
 from trace_offline.core.errors import StoreError
 from trace_offline.core.hashing import canonical_json
 from trace_offline.core.types import AnalysisStatus, Checkpoint, Outcome
-from trace_offline.store.connection import check_version, connection
+from trace_offline.store.connection import Waiting, check_version, connection
 from trace_offline.store.rows import array_table, checkpoint_row, measurement_table
 from trace_offline.store.schema import CREATE, MIGRATIONS, SCHEMA_VERSION, STORAGE_VERSION
 
@@ -34,6 +35,7 @@ class Writer:
     def __init__(self, path: Path, lock: filelock.FileLock) -> None:
         self.path = path
         self._lock = lock
+        self._waiting: Waiting | None = None
         self._held: duckdb.DuckDBPyConnection | None = None
 
     @classmethod
@@ -72,6 +74,18 @@ class Writer:
             writer.close()
             raise
         return writer
+
+    @contextmanager
+    def patient(self, waiting: Waiting) -> Iterator[None]:
+        """Inside, a transaction waits as long as somebody else holds the file, and ``waiting`` is told of it.
+
+        For while work is under way that would be lost: a reader that stays must not end a run.
+        """
+        self._waiting = waiting
+        try:
+            yield
+        finally:
+            self._waiting = None
 
     def close(self) -> None:
         """Release the lock file. The file itself is removed so that nothing is left behind."""
@@ -124,7 +138,7 @@ class Writer:
         To open and close it costs more than to store an analysis. Nobody else can read meanwhile: keep it short.
         """
         try:
-            with connection(self.path, read_only=False) as con:
+            with self._connection(read_only=False) as con:
                 self._held = con
                 try:
                     yield
@@ -137,7 +151,7 @@ class Writer:
     def transaction(self) -> Iterator[duckdb.DuckDBPyConnection]:
         """One transaction; rolled back when the body raises. DuckDB errors become StoreError."""
         try:
-            with nullcontext(self._held) if self._held else connection(self.path, read_only=False) as con:
+            with nullcontext(self._held) if self._held else self._connection(read_only=False) as con:
                 con.begin()
                 try:
                     yield con
@@ -151,9 +165,20 @@ class Writer:
     def register_run(
         self, run: str, source: str, evaluation_hash: str, options: Mapping[str, Any], model_type: str | None = None
     ) -> None:
-        """Record where a run came from and what was asked of it, so that ``rerun`` needs nothing but the store."""
+        """Record where a run came from and what was asked of it, so that ``rerun`` needs nothing but the store.
+
+        Of several ways to ask for one thing the latest options count, but all patterns of revisions are kept.
+        """
         asked = [options["dtype"], options["seed"], options["model_factory"] or "", options["blocks"] or ""]
         with self.transaction() as con:
+            earlier = con.execute(
+                "select options from requests where run = ? and evaluation_set = ? and dtype = ? and seed = ? "
+                "and model_factory = ? and blocks = ?",
+                [run, evaluation_hash, *asked],
+            ).fetchone()
+            patterns = revision_patterns(json.loads(earlier[0])) if earlier else []
+            pattern = options.get("revisions")
+            options = {**options, "every_revisions": [*(item for item in patterns if item != pattern), pattern]}
             con.execute(
                 """insert into runs values (?, ?, ?, ?) on conflict (run) do update set source = excluded.source,
                 model_type = coalesce(excluded.model_type, runs.model_type)""",
@@ -162,7 +187,7 @@ class Writer:
             con.execute(
                 """insert into requests values (?, ?, ?, ?, ?, ?, ?, ?) on conflict do update set
                 options = excluded.options, asked_at = excluded.asked_at""",
-                [run, evaluation_hash, *asked, canonical_json(dict(options)), _now()],
+                [run, evaluation_hash, *asked, canonical_json(options), _now()],
             )
 
     def register_evaluation_set(self, row: Mapping[str, Any]) -> str:
@@ -294,7 +319,7 @@ class Writer:
 
     def _write_artifacts(self, outcome: Outcome) -> list[tuple[str, str, str]]:
         written = []
-        folder = self.path.with_suffix(".artifacts") / outcome.analysis_id
+        folder = beside(self.path, ".artifacts") / outcome.analysis_id
         try:
             for artifact in outcome.artifacts:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -317,8 +342,16 @@ class Writer:
 
     def read(self, sql: str, values: list[Any] | None = None) -> list[tuple[Any, ...]]:
         """Rows of a query on the store, through a short read-only connection."""
-        with nullcontext(self._held) if self._held else connection(self.path, read_only=True) as con:
+        with nullcontext(self._held) if self._held else self._connection(read_only=True) as con:
             return con.execute(sql, values or []).fetchall()
+
+    def _connection(self, *, read_only: bool) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
+        return connection(self.path, read_only=read_only, waiting=self._waiting)
+
+
+def revision_patterns(options: Mapping[str, Any]) -> list[str | None]:
+    """Every ``--revisions`` a run was asked for with, the latest last (None: without), from its stored options."""
+    return list(options.get("every_revisions") or [options.get("revisions")])
 
 
 def _rollback(con: duckdb.DuckDBPyConnection) -> None:
