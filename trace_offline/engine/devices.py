@@ -130,7 +130,11 @@ class Slots:
         """The slots of this process's workers; None without GPUs."""
         return cls(_slot_folder(), count, tuple(gpus)) if gpus else None
 
-    def bind(self) -> str:
+    def name_of(self, index: int) -> str:
+        """The GPU of a slot."""
+        return self.gpus[index % len(self.gpus)]
+
+    def bind(self) -> None:
         """In a worker: wait for a free slot, hold it as long as the process lives, show CUDA its GPU alone.
 
         The system frees the lock of a worker that dies, however it dies. A worker beyond ``count`` (joblib starts two
@@ -149,9 +153,8 @@ class Slots:
                 except Timeout:
                     continue
                 _held.append(lock)
-                name = self.gpus[index % len(self.gpus)]
-                os.environ[VISIBLE] = name
-                return name
+                os.environ[VISIBLE] = self.name_of(index)
+                return
             time.sleep(_NAP_SECONDS)
 
 
