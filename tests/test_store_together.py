@@ -80,7 +80,7 @@ def test_the_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             for row in planned:
                 writer.record(outcome(row), row)
             assert writer.read("select count(*) from analyses") == [(5,)]
-        assert opened == [{"read_only": False}]
+        assert opened == [{"read_only": False, "waiting": None}]
         writer.record(outcome(planned[0], 2.0), planned[0])
         assert writer.read("select count(*) from measurements") == [(5,)]
         assert len(opened) == 3
