@@ -97,6 +97,7 @@ def load_model(
         module, notes = _without_config(read_weights(files), files[0], DTYPES[dtype])
     if not lent:
         module = module.to(device).eval()
+    _own(module)
     if hasattr(module, "config") and hasattr(module.config, "use_cache"):
         module.config.use_cache = False
     refuse_not_finite(module.named_parameters(), checkpoint.location)
@@ -107,6 +108,17 @@ def load_model(
     elif cache is not None and identity is not None:
         cache.keep(identity, files, view)
     return view
+
+
+def _own(module: nn.Module) -> None:
+    """Give every tensor on the host memory of its own.
+
+    Loaders hand out views of the mapped file. A training that writes its checkpoint again in place would change the
+    weights while they are measured, and one that cuts the file short would end the process (SIGBUS).
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def _weight_files(checkpoint: Checkpoint) -> list[Path]:

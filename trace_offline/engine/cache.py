@@ -88,6 +88,8 @@ class ActivationCache:
 
     def keep(self, key: str, recorder: Recorder, sources: Mapping[str, str]) -> str | None:
         """Write what was recorded in place of what is there; a note when that cannot be."""
+        from safetensors import SafetensorError  # a full disk is one, no OSError
+
         if recorder.too_large:
             return (
                 f"the hidden states of one checkpoint take more than --cache-size ({self.most_bytes:,} bytes): not "
@@ -105,7 +107,7 @@ class ActivationCache:
                     old.unlink(missing_ok=True)
                 self._make_room(fresh.stat().st_size)
                 os.replace(fresh, target)
-        except (OSError, TimeoutError) as error:
+        except (OSError, TimeoutError, SafetensorError) as error:
             return f"the activation cache {self.folder} cannot be written ({error}); the run goes on without it."
         finally:
             with suppress(OSError):

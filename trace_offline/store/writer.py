@@ -105,7 +105,9 @@ class Writer:
     def _create(self) -> None:
         # Built beside its final name and renamed, so that a killed creation never leaves half a store.
         fresh = self.path.with_name(self.path.name + ".new")
-        fresh.unlink(missing_ok=True)
+        # A log without its store belongs to one that was removed after a run was killed; DuckDB would refuse the two.
+        for left in (fresh, *(path.with_name(f"{path.name}.wal") for path in (fresh, self.path))):
+            left.unlink(missing_ok=True)
         try:
             con = duckdb.connect(":memory:")
             try:
