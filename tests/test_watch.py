@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SmallSeries
+from drills import Drill, Witness, environment, places, until
 
 from trace_offline import Store
 from trace_offline.engine.interrupt import StopRequest
@@ -57,33 +58,38 @@ def counts(store: Path) -> dict[int, int]:
 
 @pytest.mark.slow
 def test_every_surviving_checkpoint_is_analyzed_exactly_once(small_series: SmallSeries, tmp_path: Path) -> None:
-    folder, store = tmp_path / "run", tmp_path / "s.duckdb"
+    folder, store, drill = tmp_path / "run", tmp_path / "s.duckdb", Drill(tmp_path / "drill")
     order = [
-        *(sys.executable, "-m", "trace_offline.cli.main", "watch", str(folder), "--jobs", "1", "--analyzer", "loss"),
+        *(sys.executable, "-m", "trace_offline.cli.main", "watch", str(folder), "--jobs", "1", "--analyzer", "first"),
         *("--evaluation-set", str(small_series.evaluation), "--store", str(store)),
         *("--interval", "0.3", "--quiet", "15"),
     ]
-    watching = subprocess.Popen(order, stderr=subprocess.PIPE, text=True)  # before the training has made its folder
-    trainer = training(tmp_path, folder, 1000)
-    deadline = time.monotonic() + 120
-    while (not store.exists() or not counts(store)) and time.monotonic() < deadline:
-        time.sleep(0.3)
-    trainer.send_signal(signal.SIGKILL)
-    trainer.wait()
-    watching.send_signal(signal.SIGKILL)  # and the watch as well; both are started again
-    watching.communicate()
+    whole, witness = {**os.environ, **environment(drill.folder)}, Witness(store, drill)
+    for number in range(3):
+        # The first time before the training has made its folder; in turns the one and the other is killed first.
+        watching = subprocess.Popen(order, stderr=subprocess.DEVNULL, env=whole)
+        trainer = training(tmp_path, folder, 1000)
+        before = witness.look()
+        until(lambda before=before: store.exists() and len(places(Store.open(store))) >= before + 2)
+        time.sleep(0.3 * number)
+        for process in (trainer, watching) if number % 2 else (watching, trainer):
+            process.kill()
+            process.wait()
+        assert witness.look() > before
     reached = max(int(path.name[4:]) for path in folder.glob("step*"))
     trainer = training(tmp_path, folder, reached + 10)
-    watching = subprocess.Popen(order, stderr=subprocess.PIPE, text=True)
+    last = subprocess.Popen(order, stderr=subprocess.PIPE, text=True, env=whole)
     trainer.wait(timeout=300)
-    _, said = watching.communicate(timeout=300)
-    assert watching.returncode == 0, said
+    _, said = last.communicate(timeout=300)
+    assert last.returncode == 0, said
     assert "Traceback" not in said
-    done = counts(store)
+    witness.look()
+    done = {step for _, step in places(Store.open(store))}
     surviving = {int(path.name[4:]) for path in folder.glob("step*")}
     assert len(surviving) == 3
-    assert surviving <= set(done)
-    assert set(done.values()) == {1}
+    assert surviving <= done
+    assert {drill.ran()["first", step] for step in surviving} == {1}
+    assert Store.open(store).scalar("select count(*) = count(distinct (analyzer, step)) from status")
     bad = Store.open(store).sql("select * from status where status in ('failed', 'crashed')")
     assert bad.num_rows == 0
 

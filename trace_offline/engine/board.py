@@ -85,7 +85,8 @@ class Board:
 
     def open(self) -> None:
         """Make the folder; only the run itself does, so that a late worker of an ended run leaves nothing behind."""
-        (self.folder / "done").mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):  # a full disk; see _write
+            (self.folder / "done").mkdir(parents=True, exist_ok=True)
 
     def tell(self, unit: str, checkpoint: str, task: str, analyses: Iterable[str]) -> None:
         """Say what this process does from now on."""

@@ -18,6 +18,7 @@ from trace_offline.core.errors import UsageError
 from trace_offline.core.types import AnalysisStatus, Outcome
 from trace_offline.engine import worker
 from trace_offline.engine.unit import Unit, Wait
+from trace_offline.engine.watchdog import limit_of
 
 TOPIC = "trace-offline"
 _LOOK_SECONDS = 0.05
@@ -153,7 +154,7 @@ class _Cluster:
             return
         for future, unit in list(self.futures.items()):
             doing = self.doing.get(unit.key)
-            if doing is None or time.monotonic() - doing.since <= self.timeout:
+            if doing is None or time.monotonic() - doing.since <= limit_of(doing.task, self.timeout):
                 continue
             taken = time.monotonic() - doing.since
             self.client.cancel([future], force=True)

@@ -354,7 +354,7 @@ class Execution:
         there = [checkpoint for checkpoint in self._comparable(item, series) if checkpoint.fingerprint is not None]
         rows = self.series.identities(item, there)
         self.writer.plan(rows)
-        outcomes = self.series.compare(item, there, self.workers.jobs)
+        outcomes = self.series.compare(item, there, self.workers.jobs, self.workers.timeout)
         for checkpoint, row, outcome in zip(there, rows, outcomes, strict=True):
             self.writer.record(outcome, row)
             self.summary.count(checkpoint, item.name, outcome)

@@ -140,14 +140,29 @@ class _Pool:
             return Outcome(request.analysis_id, AnalysisStatus.CRASHED, text)
 
 
-def run_alone(body: Callable[[T], list[Outcome]], task: T, jobs: int) -> list[Outcome]:
-    """One task: here when ``jobs`` is 1, else in a worker process, whose death raises BrokenProcessPool."""
-    if jobs == 1:
+def run_alone(
+    body: Callable[[T], list[Outcome]], task: T, jobs: int, board: Board | None = None, timeout: float | None = None
+) -> list[Outcome]:
+    """One task: here when ``jobs`` is 1 and nothing limits its time, else in a worker process.
+
+    Raises BrokenProcessPool when the worker dies twice, or is ended after ``timeout`` seconds.
+    """
+    if jobs == 1 and timeout is None:
         return body(task)
     from joblib import delayed
 
-    ((_, outcomes),) = list(_parallel(iter([delayed(_named)(body, task)]), jobs))
-    return outcomes
+    for last in (False, True):
+        watchdog = Watchdog(board, timeout)
+        try:
+            with watchdog:
+                ((_, outcomes),) = list(_parallel(iter([delayed(_named)(body, task)]), jobs))
+                return outcomes
+        except BrokenProcessPool:
+            if watchdog.hung:
+                raise BrokenProcessPool(next(iter(watchdog.hung.values()))) from None
+            if last:
+                raise
+    raise AssertionError("the second attempt returns or raises")
 
 
 def _named(body: Callable[[T], list[Outcome]], task: T) -> tuple[str, list[Outcome]]:

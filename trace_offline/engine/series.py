@@ -7,9 +7,11 @@ loads no model that was loaded before.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ from trace_offline.analyzers.registry import registry
 from trace_offline.core.errors import NotApplicable
 from trace_offline.core.hashing import canonical_json, digest
 from trace_offline.core.types import AnalysisStatus, Array, Checkpoint, Measurement, Outcome
+from trace_offline.engine.board import Board, reporter
 from trace_offline.engine.executors import run_alone
 from trace_offline.engine.unit import AnalysisRequest, Wanted, WorkSettings, analysis_id, model_fingerprint
+from trace_offline.engine.watchdog import COMPARING
 from trace_offline.engine.worker import ended, evaluation_set, library_versions, limit_threads, reasons
 from trace_offline.store.rows import checkpoint_id
 
@@ -125,12 +129,17 @@ class SeriesPlan:
         assert request.extract_to is not None  # only such requests come here
         if outcome.status is AnalysisStatus.NOT_APPLICABLE:
             marker = Path(request.extract_to).with_suffix(_NOT_APPLICABLE)
-            marker.parent.mkdir(parents=True, exist_ok=True)
-            marker.write_text(str(outcome.message), encoding="utf-8")
+            with suppress(OSError):  # a full disk: this run knows it all the same, the next asks again
+                marker.parent.mkdir(parents=True, exist_ok=True)
+                fresh = marker.with_name(f"{marker.name}.new")
+                fresh.write_text(str(outcome.message), encoding="utf-8")
+                os.replace(fresh, marker)
         if outcome.status is not AnalysisStatus.OK:
             self.failures[request.extract_to] = outcome
 
-    def compare(self, item: Wanted, series: Sequence[Checkpoint], jobs: int) -> list[Outcome]:
+    def compare(
+        self, item: Wanted, series: Sequence[Checkpoint], jobs: int, timeout: float | None = None
+    ) -> list[Outcome]:
         """Compare the extracts there are; one outcome for each checkpoint of the series, in order."""
         ids = tuple(row["analysis_id"] for row in self.identities(item, series))
         targets = [self.target(item, checkpoint) for checkpoint in series]
@@ -140,7 +149,8 @@ class SeriesPlan:
         )
         task = SeriesTask(item, self.settings, ids, places)
         try:
-            outcomes = run_alone(run_series, task, jobs)
+            board = None if self.settings.board is None else Board(self.settings.board)
+            outcomes = run_alone(run_series, task, jobs, board, timeout)
         except BrokenProcessPool as error:
             text = f"The worker process died while {item.name} compared the series ({str(error).splitlines()[-1]})."
             outcomes = [Outcome(key, AnalysisStatus.CRASHED, text) for key in ids]
@@ -167,12 +177,16 @@ def run_series(task: SeriesTask) -> list[Outcome]:
     """The comparison in a worker; never raises. Places without an extract get an outcome that nobody uses."""
     started = time.perf_counter()
     found: dict[int, list[Any]] = {position: [] for position in range(len(task.places))}
+    report = reporter(task.settings.board)
     try:
+        report.tell(digest(*task.analysis_ids), task.wanted.name, COMPARING, task.analysis_ids)
         limit_threads(task.settings.threads)
         _compare(task, found)
     except BaseException as error:
         seconds = time.perf_counter() - started
         return [ended(key, error, "cpu", seconds) for key in task.analysis_ids]
+    finally:
+        report.rest()
     seconds = (time.perf_counter() - started) / max(1, len(task.places))
     return [_outcome(key, found[position], task.wanted.name, seconds) for position, key in enumerate(task.analysis_ids)]
 

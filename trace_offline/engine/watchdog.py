@@ -12,6 +12,17 @@ from types import TracebackType
 from trace_offline.engine.board import Board, Doing
 
 _LOOK_SECONDS = 0.25
+_STARTING_SECONDS = 600.0
+"""What a worker may take to import its libraries, on however slow a disk; a limit for analyses is no limit for that."""
+
+STARTING, LOADING, COMPARING = "starting", "loading", "comparing"
+"""What a worker says that it does when it is not at an analyzer."""
+_WHERE = {LOADING: " while its checkpoint was loaded", COMPARING: " while the series was compared"}
+
+
+def limit_of(task: str, timeout: float) -> float:
+    """Seconds that a worker may be at one task."""
+    return max(timeout, _STARTING_SECONDS) if task == STARTING else timeout
 
 
 class Watchdog:
@@ -54,10 +65,10 @@ class Watchdog:
     def _judge(self, doing: Doing) -> None:
         assert self.timeout is not None
         taken = time.time() - doing.since
-        if taken <= self.timeout:
+        if taken <= limit_of(doing.task, self.timeout):
             return
-        if len(doing.analyses) == 1 or doing.task == "loading":
-            where = "" if doing.task != "loading" else " while its checkpoint was loaded"
+        if len(doing.analyses) == 1 or doing.task in _WHERE:
+            where = _WHERE.get(doing.task, "")
             for key in doing.analyses:
                 self.hung[key] = f"was ended after {taken:.0f} s{where}: longer than --timeout {self.timeout:g} allows."
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -17,9 +16,11 @@ from trace_offline.core.types import AnalysisStatus, Array, Artifact, Measuremen
 from trace_offline.engine.board import Reporter, reporter
 from trace_offline.engine.cache import UnitActivations
 from trace_offline.engine.devices import check_tf32, device_facts, open_device, resolve_device
+from trace_offline.engine.extracts import save_extract
 from trace_offline.engine.progress import name_of
 from trace_offline.engine.shared_pass import collect, once_more
 from trace_offline.engine.unit import AnalysisRequest, Unit, file_stamps
+from trace_offline.engine.watchdog import LOADING, STARTING
 
 _BAR = "/"
 _OF_HIDDEN = frozenset({"hidden_states", "labels"})
@@ -49,6 +50,7 @@ def run_unit(unit: Unit) -> list[Outcome]:
     report = _listening[-1] if _listening else reporter(unit.settings.board)
     versions = library_versions()
     try:
+        report.tell(unit.key, name_of(unit.checkpoint), STARTING, (job.request.analysis_id for job in jobs))
         limit_threads(unit.settings.threads)
         device = resolve_device(unit.settings.device)
         check_tf32(unit.settings.dtype, device)
@@ -128,7 +130,7 @@ def _measure_all(unit: Unit, jobs: list[_Job], device: str, versions: dict[str, 
 
     settings = unit.settings
     key, place = unit.key, name_of(unit.checkpoint)
-    report.tell(key, place, "loading", (job.request.analysis_id for job in jobs))
+    report.tell(key, place, LOADING, (job.request.analysis_id for job in jobs))
     evaluation = evaluation_set(settings.evaluation_set, settings.evaluation_hash)
     check_tokenizer_of(unit, evaluation)
     _refuse_changed(unit)
@@ -289,19 +291,6 @@ def _result(job: _Job, own: Mapping[str, Any]) -> Outcome:
         arrays=tuple(arrays),
         artifacts=tuple(artifacts),
     )
-
-
-def save_extract(arrays: Mapping[str, Any], target: Path) -> None:
-    """Write an extract in one move, so that a killed run leaves none that is half written."""
-    from safetensors.torch import save_file
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(f"{target.name}.{os.getpid()}.new")
-    try:
-        save_file({name: array.detach().cpu().contiguous().clone() for name, array in arrays.items()}, fresh)
-        os.replace(fresh, target)
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def reasons(measurements: list[Measurement]) -> str | None:

@@ -20,6 +20,7 @@ from trace_offline.core.errors import StoreError
 from trace_offline.core.hashing import canonical_json
 from trace_offline.core.types import AnalysisStatus, Checkpoint, Outcome
 from trace_offline.store.connection import Waiting, check_version, connection
+from trace_offline.store.lock import holder, sign
 from trace_offline.store.rows import array_table, checkpoint_row, measurement_table
 from trace_offline.store.schema import CREATE, MIGRATIONS, SCHEMA_VERSION, STORAGE_VERSION
 
@@ -57,16 +58,20 @@ class Writer:
             lock.acquire()
         except filelock.Timeout:
             raise StoreError(
-                f"Another run is writing to {path} (it holds {path.name}.lock). Wait for it to end, or give --store "
-                "another file."
+                f"Another run is writing to {path} ({holder(lock) or 'it'} holds {path.name}.lock). Wait for it to "
+                "end, or give --store another file."
             ) from None
         except OSError as error:
+            if _is_full(str(error)):
+                raise StoreError(write_failure(path, error)) from error
             raise StoreError(
                 f"The store {path} cannot be locked for writing: {error.strerror or error}. Choose a place you may "
                 "write to with --store."
             ) from error
+        sign(lock)
         writer = cls(path, lock)
         try:
+            writer._sweep()
             if not path.exists():
                 writer._create()
             writer._migrate()
@@ -101,6 +106,12 @@ class Writer:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _sweep(self) -> None:
+        """Remove what killed runs left half written beside the store; nobody else writes there now."""
+        for folder in (".artifacts", ".extracts"):
+            for left in beside(self.path, folder).rglob("*.new"):
+                left.unlink(missing_ok=True)
 
     def _create(self) -> None:
         # Built beside its final name and renamed, so that a killed creation never leaves half a store.
@@ -362,14 +373,19 @@ def _rollback(con: duckdb.DuckDBPyConnection) -> None:
         con.rollback()
 
 
-def write_failure(path: Path, error: BaseException) -> str:
+def _is_full(text: str) -> bool:
+    signs = ("No space left", "File too large", "quota exceeded", "not enough")
+    return any(sign.lower() in text.lower() for sign in signs)
+
+
+def write_failure(path: Path, error: BaseException, what: str = "the store") -> str:
     """What went wrong on writing, and what to do next."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    full = "No space left" in text or "File too large" in text or "not enough" in text.lower()
+    full = _is_full(text)
     advice = (
         "The disk is full (or a quota is reached): free some space and run the same command again; "
         "everything stored so far is safe and will not be computed twice."
         if full
         else "Everything stored so far is safe; mend the cause and run the same command again."
     )
-    return f"Could not write to the store {path}: {text} {advice}"
+    return f"Could not write to {what} {path}: {text.rstrip('.')}. {advice}"
