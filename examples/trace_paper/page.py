@@ -111,8 +111,17 @@ weights, order of sentences and dropout. So the seeds speak of training, not of 
 Measured on {scale["sentences"]:,} held-out sentences, {scale["words"]:,} further ones for the probe of word classes,
 and up to {scale["pairs"]:,} pairs of sentences for each kind of preference. Machine: {results["machine"]},
 {results["date"]}. Seconds are those of one core, since other work ran on the machine at the time (a dash: not
-recorded); the analysis shares them among as many processes as there are cores.
+recorded); the analysis shares them among as many processes as there are cores.{_longest(results["runs"])}
 """
+
+
+def _longest(runs: Mapping[str, Any]) -> str:
+    totals = [
+        run["training_cpu_seconds"] + run["analysis_cpu_seconds"]
+        for run in runs.values()
+        if run["training_cpu_seconds"]
+    ]
+    return f" The longest\nseed recorded took {max(totals) / 60:.0f} minutes of one core for both." if totals else ""
 
 
 def _seconds(value: float | None) -> str:

@@ -174,6 +174,17 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
+def publish_times(results: dict[str, Any], path: Path) -> None:
+    """What the reduced form took, seed by seed, as JSON: the page is not about it."""
+    kept = ("layers", "seed", "training_cpu_seconds", "analysis_cpu_seconds")
+    runs = {name: {key: run[key] for key in kept} for name, run in results["runs"].items()}
+    total = sum(run[key] for run in runs.values() for key in kept[2:])
+    found = {key: results[key] for key in ("machine", "date", "versions", "scale")}
+    found |= {"runs": runs, "cpu_seconds_of_everything": round(total, 1)}
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {path}")
+
+
 def publish(results: dict[str, Any], numbers: Path, page: Path) -> None:
     """Write the results into the folder ``numbers``, page and pictures into the folder ``page``."""
     for folder in (numbers, page):
@@ -192,7 +203,9 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2", help="seeds (default 0,1,2)")
     parser.add_argument("--reduced", action="store_true", help="everything in small: two layers, three seeds")
     parser.add_argument("--jobs", type=int, default=None, help="processes of the analysis (default: one a core)")
-    parser.add_argument("--publish", action="store_true", help="write the page and its numbers into the project")
+    parser.add_argument(
+        "--publish", action="store_true", help="write page and numbers (reduced: its times) into the project"
+    )
     parser.add_argument("--only", metavar="RUN", help="train and analyze this run (such as L2-seed0) and stop")
     parser.add_argument("--page-only", action="store_true", help="train and analyze nothing, only decide and draw")
     given = parser.parse_args()
@@ -218,7 +231,9 @@ def main() -> None:
         return
     merge(list(stores.values()), store)
     results = collect(store, trained, scale)
-    publish(results, *((HERE / "results", DOCS) if given.publish else (folder / "page", folder / "page")))
+    publish(results, *((HERE / "results", DOCS) if given.publish and not given.reduced else (folder / "page",) * 2))
+    if given.publish and given.reduced:
+        publish_times(results, HERE / "results" / "reduced.json")
 
 
 if __name__ == "__main__":
