@@ -134,10 +134,11 @@ def test_the_step_comes_from_the_record_or_the_name(
 def test_twice_is_a_no_op_and_changed_numbers_are_the_latest_word(tmp_path: Path) -> None:
     path, file = tmp_path / "s.duckdb", put(tmp_path, "a.json", old(acc=0.25))
     import_lm_eval(file, path)
-    before = Store.open(path).sql("select * from history").to_pylist()
+    everything = "select * from history order by all"  # without an order rows come in any
+    before = Store.open(path).sql(everything).to_pylist()
     again = import_lm_eval([file, file], path)
     assert (again.new, again.unchanged) == (0, 4)
-    assert Store.open(path).sql("select * from history").to_pylist() == before
+    assert Store.open(path).sql(everything).to_pylist() == before
     changed = import_lm_eval(put(tmp_path, "b.json", old(acc=0.5)), path)
     assert (changed.new, changed.unchanged) == (1, 1)
     latest = "select value, is_latest from history where task = 'lambada_openai' and metric = 'acc' order by value"
