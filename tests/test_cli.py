@@ -134,11 +134,11 @@ def test_status_shows_what_is_done_and_what_failed(run: Run, store: Path) -> Non
 def test_rerun_by_command(run: Run, small_series: SmallSeries, tmp_path: Path) -> None:
     path = tmp_path / "s.duckdb"
     analyze(small_series.run, small_series.evaluation, path, analyzers=("loss", "probe"), jobs=1, steps="0")
-    before = Store.open(path).sql("select * from history where analyzer = 'loss'").to_pylist()
+    before = Store.open(path).sql("select * from history where analyzer = 'loss' order by all").to_pylist()
     done = run("rerun", path, "--analyzer", "probe", "--set", "max_words=200", "--jobs", 1, "--steps", "0")
     assert done.code == 0, done.err
     opened = Store.open(path)
-    assert opened.sql("select * from history where analyzer = 'loss'").to_pylist() == before
+    assert opened.sql("select * from history where analyzer = 'loss' order by all").to_pylist() == before
     assert opened.scalar("select count(distinct analysis_id) from history where analyzer = 'probe'") == 2
     assert opened.scalar("select count(distinct analysis_id) from history where analyzer = 'probe' and is_latest") == 1
     nothing = run("rerun", path, "--analyzer", "probe", "--set", "max_words=200", "--jobs", 1, "--steps", "0")
