@@ -10,10 +10,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import SmallSeries
-from drills import Drill, Witness, contents, nothing_left, same_content, save_steps, until
+from drills import PLUG_INS, Drill, Witness, contents, environment, nothing_left, same_content, save_steps, until
 
 from trace_offline import Store
 from trace_offline.core.types import AnalysisStatus, Checkpoint, CheckpointState, Outcome
@@ -200,6 +201,43 @@ def test_a_bad_day(small_series: SmallSeries, tmp_path: Path) -> None:
     witness.look()
     assert drill.run(run, small_series.evaluation, store) == 0, drill.said()
     assert witness.look() == 24
+    whole = Drill(tmp_path / "whole")
+    assert whole.run(run, small_series.evaluation, tmp_path / "whole.duckdb") == 0
+    same_content(store, tmp_path / "whole.duckdb")
+    nothing_left(store)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_dask_with_a_worker_that_always_dies_on_one_checkpoint(
+    small_series: SmallSeries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distributed = pytest.importorskip("distributed", reason="needs the optional extra dask")
+    import dask
+
+    drill, run, store = Drill(tmp_path / "drill"), tmp_path / "run", tmp_path / "s.duckdb"
+    save_steps(run, range(6))
+    drill.order("second", 3, "die")  # at once: its last words may never be heard
+    for name, value in environment(drill.folder).items():
+        monkeypatch.setenv(name, value)
+    ways: Any = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 1}),
+        distributed.LocalCluster(**ways, local_directory=str(tmp_path / "dask")) as cluster,
+    ):
+        address = cluster.scheduler_address
+        process = drill.command(run, small_series.evaluation, store, "--executor", "dask", "--scheduler", address)
+        _, said = process.communicate(timeout=400)
+    assert process.returncode == 1, said
+    (bad,) = Store.open(store).sql(STATUS).to_pylist()
+    assert (bad["step"], bad["analyzer"], bad["status"]) == (3, "second", "crashed")
+    assert "second killed its Dask worker again and again (KilledWorker" in bad["message"]
+    assert len(contents(Store.open(store))) == 6 * len(PLUG_INS) - 1
+    assert drill.ran()["second", 3] >= 2
+    # What it had finished before it died was not lost with it.
+    assert drill.ran()["first", 3] == 1
+    drill.folder.joinpath("orders", "second-3").unlink()
+    assert drill.run(run, small_series.evaluation, store) == 0, drill.said()
     whole = Drill(tmp_path / "whole")
     assert whole.run(run, small_series.evaluation, tmp_path / "whole.duckdb") == 0
     same_content(store, tmp_path / "whole.duckdb")

@@ -82,7 +82,7 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None, stop: Sto
         factory_digest=factory_digest(options.model_factory),
         heldout_set=None if heldout is None else str(Path(heldout.folder).absolute()),
         heldout_hash=None if heldout is None else heldout.hash,
-        board=None if options.executor == "dask" else str(Board.of(Path(options.store).absolute()).folder),
+        board=str(Board.of(Path(options.store).absolute()).folder),
         cache=None if cache is None else str(cache),
         cache_bytes=parse_size(options.cache_size or DEFAULT_SIZE),
     )

@@ -17,8 +17,9 @@ from typing import Any
 from trace_offline.core.errors import UsageError
 from trace_offline.core.types import AnalysisStatus, Outcome
 from trace_offline.engine import worker
+from trace_offline.engine.board import Board, reporter
 from trace_offline.engine.unit import Unit, Wait
-from trace_offline.engine.watchdog import limit_of
+from trace_offline.engine.watchdog import LOADING, limit_of
 
 TOPIC = "trace-offline"
 _LOOK_SECONDS = 0.05
@@ -30,10 +31,15 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 class _Events:
-    """In a Dask worker: says what it does as events that the scheduler hands on to the run."""
+    """In a Dask worker: says what it does as events that the scheduler hands on to the run.
 
-    def __init__(self, run: str) -> None:
+    What is finished goes to the board, which is on a disk that all see; it must not be lost with its worker.
+    """
+
+    def __init__(self, run: str, unit: Unit) -> None:
         self.run = run
+        self.unit = unit.key
+        self.board = reporter(unit.settings.board)
 
     def tell(self, unit: str, checkpoint: str, task: str, analyses: Iterable[str]) -> None:
         from distributed import get_worker
@@ -41,20 +47,37 @@ class _Events:
         here = get_worker()
         here.log_event(
             f"{TOPIC}-{self.run}",
-            {"unit": unit, "task": task, "analyses": list(analyses), "worker": here.address},
+            {"unit": self.unit, "task": task, "analyses": list(analyses), "worker": here.address},
         )
 
     def keep(self, outcome: Outcome) -> None:
-        """The outcome travels with the unit."""
+        """Put it down; it also travels with the unit."""
+        self.board.keep(outcome)
 
     def rest(self) -> None:
         """The future ends."""
 
 
 def run_on_worker(body: Callable[[Unit], list[Outcome]], unit: Unit, run: str) -> list[Outcome]:
-    """The task of one future."""
-    with _ONE_AT_A_TIME, worker.reporting(_Events(run)):
-        return body(unit)
+    """The task of one future; the scheduler tries it again when its worker dies, which repeats nothing finished."""
+    finished = _kept(unit)
+    left = _without(unit, finished)
+    if left is None:
+        return finished
+    with _ONE_AT_A_TIME, worker.reporting(_Events(run, unit)):
+        return finished + body(left)
+
+
+def _kept(unit: Unit) -> list[Outcome]:
+    board = unit.settings.board
+    return [] if board is None else Board(board).kept(item.analysis_id for item in unit.requests)
+
+
+def _without(unit: Unit, finished: list[Outcome]) -> Unit | None:
+    """The unit with what is left to do; None when nothing is."""
+    over = {outcome.analysis_id for outcome in finished}
+    left = tuple(item for item in unit.requests if item.analysis_id not in over)
+    return dataclasses.replace(unit, requests=left) if left else None
 
 
 def run_dask(
@@ -62,9 +85,10 @@ def run_dask(
 ) -> Iterator[tuple[Unit, list[Outcome]]]:
     """Units over the workers of a scheduler, yielded as they finish.
 
-    A unit that kills its worker as often as the scheduler allows (``distributed.scheduler.allowed-failures``) loses
-    the analysis it died in, which is recorded as crashed; its other analyses are tried again. An analysis that takes
-    longer than ``timeout`` seconds is recorded as crashed and its worker restarted.
+    When a unit kills its worker as often as the scheduler allows (``distributed.scheduler.allowed-failures``), what it
+    had finished is taken from the board, and what it was at runs again, each analysis alone: the last words of a dying
+    worker may be lost. An analysis that kills its worker alone is recorded as crashed. One that takes longer than
+    ``timeout`` seconds is recorded as crashed and its worker restarted.
 
     Raises UsageError when ``distributed`` is not installed or no scheduler answers at ``address``.
     """
@@ -147,7 +171,7 @@ class _Cluster:
             return
         error = future.exception() if future.status == "error" else RuntimeError("the scheduler lost it")
         text = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        yield from self._lost(unit, f"killed its Dask worker again and again ({text})")
+        yield from self._lost(unit, f"killed its Dask worker again and again ({text})", certain=False)
 
     def _end_hanging(self) -> Iterator[tuple[Unit, list[Outcome]]]:
         if self.timeout is None:
@@ -161,17 +185,28 @@ class _Cluster:
             del self.futures[future]
             self.client.restart_workers([doing.worker], timeout=_CONNECT_SECONDS, raise_for_error=False)
             yield from self._lost(
-                unit, f"was ended after {taken:.0f} s: longer than --timeout {self.timeout:g} allows."
+                unit, f"was ended after {taken:.0f} s: longer than --timeout {self.timeout:g} allows.", certain=True
             )
 
-    def _lost(self, unit: Unit, what: str) -> Iterator[tuple[Unit, list[Outcome]]]:
-        """Record what was at stake; try the rest again, alone where nobody knows which of several it was."""
+    def _lost(self, unit: Unit, what: str, *, certain: bool) -> Iterator[tuple[Unit, list[Outcome]]]:
+        """Record what was at stake; try the rest again, alone where nobody knows which of several it was.
+
+        ``certain``: the worker lived, so that what it said last is what it was at.
+        """
         doing = self.doing.pop(unit.key, None)
-        stake = [item for item in unit.requests if doing is None or item.analysis_id in doing.analyses]
-        if len(stake) == 1 or (doing is not None and doing.task == "loading"):
+        finished = _kept(unit)
+        if finished:
+            yield unit, finished
+        remaining = _without(unit, finished)
+        if remaining is None:
+            return
+        left = list(remaining.requests)
+        stake = [item for item in left if doing is not None and item.analysis_id in doing.analyses] or left
+        known = certain and doing is not None and (len(stake) == 1 or doing.task == LOADING)
+        if known or len(unit.requests) == 1:
             yield unit, [Outcome(item.analysis_id, AnalysisStatus.CRASHED, f"{item.analyzer} {what}") for item in stake]
         else:
             self.again.extend(dataclasses.replace(unit, requests=(item,)) for item in stake)
-        rest = tuple(item for item in unit.requests if item not in stake)
+        rest = tuple(item for item in left if item not in stake)
         if rest:
             self.again.append(dataclasses.replace(unit, requests=rest))
