@@ -184,15 +184,17 @@ def test_a_bad_day(small_series: SmallSeries, tmp_path: Path) -> None:
     assert not acts
     assert "Traceback" not in said
     bad = {(row["analyzer"], row["step"]): row for row in Store.open(store).sql(STATUS).to_pylist()}
-    assert sorted(bad) == [("first", 1), ("second", 2), ("second", 3), ("second", 5)]
-    assert {key: row["status"] for key, row in bad.items()} == {
-        ("first", 1): "crashed", ("second", 2): "failed", ("second", 3): "crashed", ("second", 5): "crashed"
-    }  # fmt: skip
-    for key in (("first", 1), ("second", 5)):
-        assert "longer than --timeout 15 allows" in bad[key]["message"]
+    found = {key: row["status"] for key, row in bad.items()}
+    # The worker that was stopped may be ended with the pool of one that died before its time is up; then it is tried
+    # again, and goes well.
+    stopped = bad.pop(("second", 5), None)
+    assert found.pop(("second", 5), "crashed") == "crashed"
+    assert found == {("first", 1): "crashed", ("second", 2): "failed", ("second", 3): "crashed"}
+    for row in [bad["first", 1], *([stopped] if stopped else [])]:
+        assert "longer than --timeout 15 allows" in row["message"]
     assert bad["second", 2]["message"].startswith("MemoryError")
     assert "The worker process died while second ran alone on this checkpoint" in bad["second", 3]["message"]
-    assert len(contents(Store.open(store))) == 8 * 3 - 4
+    assert len(contents(Store.open(store))) == 8 * 3 - (4 if stopped else 3)
     # Everything else ran once, but what was under way beside a worker that died.
     assert all(times <= 3 for times in drill.ran().values())
     for path in (drill.folder / "orders").iterdir():
@@ -220,6 +222,9 @@ def test_dask_with_a_worker_that_always_dies_on_one_checkpoint(
     drill.order("second", 3, "die")  # at once: its last words may never be heard
     for name, value in environment(drill.folder).items():
         monkeypatch.setenv(name, value)
+    # Worker processes that are spawned take over this list, and not PYTHONPATH.
+    for folder in reversed(os.environ["PYTHONPATH"].split(os.pathsep)):
+        monkeypatch.syspath_prepend(folder)
     ways: Any = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
     with (
         dask.config.set({"distributed.scheduler.allowed-failures": 1}),
@@ -229,7 +234,9 @@ def test_dask_with_a_worker_that_always_dies_on_one_checkpoint(
         process = drill.command(run, small_series.evaluation, store, "--executor", "dask", "--scheduler", address)
         _, said = process.communicate(timeout=400)
     assert process.returncode == 1, said
-    (bad,) = Store.open(store).sql(STATUS).to_pylist()
+    everything = Store.open(store).sql(STATUS).to_pylist()
+    assert len(everything) == 1, (everything, said)
+    (bad,) = everything
     assert (bad["step"], bad["analyzer"], bad["status"]) == (3, "second", "crashed")
     assert "second killed its Dask worker again and again (KilledWorker" in bad["message"]
     assert len(contents(Store.open(store))) == 6 * len(PLUG_INS) - 1
