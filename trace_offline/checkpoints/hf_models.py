@@ -23,6 +23,11 @@ _CONSTANTS = re.compile(
 _LANGUAGE_HEAD = {"ForPreTraining": "ForMaskedLM"}
 
 
+def is_constant(name: str) -> bool:
+    """Whether a tensor of this name is a constant that networks of today compute themselves."""
+    return _CONSTANTS.search(name) is not None
+
+
 def read_config(path: Path, trust_remote_code: bool) -> Any:
     """The transformers configuration at ``path``. Raises CheckpointError when transformers cannot make sense of it."""
     from transformers import AutoConfig
@@ -178,7 +183,7 @@ def _refuse_incomplete(report: Mapping[str, Any], kind: str, origin: Path | None
 
 def _unused(module: nn.Module, report: Mapping[str, Any], origin: Path | None) -> tuple[str, ...]:
     """Tensors of the file without a place: refused where they belong to a part the network has, else noted."""
-    unexpected = sorted(name for name in report["unexpected_keys"] if not _CONSTANTS.search(name))
+    unexpected = sorted(name for name in report["unexpected_keys"] if not is_constant(name))
     if not unexpected:
         return ()
     parts = {name for name, _ in module.named_modules()}

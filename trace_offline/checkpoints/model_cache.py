@@ -2,14 +2,16 @@
 
 transformers may rename, merge or transpose tensors on loading, so names alone prove nothing. The first checkpoint of
 an architecture therefore goes through ``from_pretrained`` and is compared bit by bit, tensor by tensor, with its file.
-Only if every parameter equals the tensor of the same name are later files with the same names, shapes and types and the
-same configuration put into the kept network directly.
+Only if every parameter equals the tensor of the same name, or, where the file has a name of its own for it (GPT-NeoX
+writes ``embed_out`` for the head), exactly one tensor of the file, are later files with the same names, shapes and
+types and the same configuration put into the kept network directly. Constants that old versions of transformers wrote
+among the weights and new ones leave out are left out here, too.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Container, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trace_offline.checkpoints.hf_models import is_constant
 from trace_offline.checkpoints.model_view import ModelView
 from trace_offline.checkpoints.safetensors_header import read_header
 
@@ -28,7 +31,7 @@ class _Kept:
     identity: Hashable
     layout: Layout
     module: nn.Module
-    places: dict[str, Tensor]
+    places: dict[str, Tensor]  # by the names of the file
     buffers: dict[str, Tensor]
     notes: tuple[str, ...]
     view: weakref.ref[ModelView]
@@ -50,7 +53,7 @@ class ModelCache:
         if kept is None or kept.identity != identity or kept.view() is not None or _layout(files) != kept.layout:
             return None
         with torch.no_grad():
-            for name, tensor in _tensors(files):
+            for name, tensor in _tensors(files, kept.places):
                 place = kept.places[name]
                 place.data = tensor.to(dtype=place.dtype, device=place.device)
                 place.grad = None
@@ -68,18 +71,9 @@ class ModelCache:
     def keep(self, identity: Hashable, files: Sequence[Path], view: ModelView) -> bool:
         """Keep a network just built from ``files``, if the comparison proves that tensors map one to one."""
         self._kept = None
-        places = _places(view.module)
-        unique = {id(tensor) for tensor in places.values()}
-        seen: set[int] = set()
         layout = _layout(files)
-        if not layout.keys() <= places.keys():  # renamed: told from the names alone, before any tensor is read
-            return False
-        for name, tensor in _tensors(files):
-            place = places[name]
-            if id(place) in seen or not _same_bits(place, tensor):
-                return False
-            seen.add(id(place))
-        if seen != unique:
+        places = _proven(_places(view.module), layout, files)
+        if places is None:
             return False
         owned = {id(place) for place in places.values()}
         buffers = {name: buffer.clone() for name, buffer in view.module.named_buffers() if id(buffer) not in owned}
@@ -95,17 +89,40 @@ def _places(module: nn.Module) -> dict[str, Tensor]:
     return named
 
 
+def _proven(named: dict[str, Tensor], layout: Layout, files: Sequence[Path]) -> dict[str, Tensor] | None:
+    """The tensor of the network for each one of the file, proven by equal bits; None when they do not map one to one.
+
+    ``named``: the network's tensors by its own names.
+    """
+    renamed = [name for name in layout if name not in named and not is_constant(name)]
+    own = {id(named[name]) for name in layout if name in named}
+    unnamed = {id(tensor): tensor for tensor in named.values() if id(tensor) not in own}
+    if len(renamed) != len(unnamed):  # merged or split: told from the names alone, before any tensor is read
+        return None
+    found: dict[str, Tensor] = {}
+    for name, tensor in _tensors(files, [name for name in layout if name in named or name in renamed]):
+        if name in named:
+            equal = [named[name]] if _same_bits(named[name], tensor) else []
+        else:
+            equal = [place for place in unnamed.values() if _same_bits(place, tensor)]
+        if len(equal) != 1:
+            return None
+        found[name] = equal[0]
+    return found if len({id(place) for place in found.values()}) == len(found) else None
+
+
 def _layout(files: Sequence[Path]) -> Layout:
     return {name: (entry.dtype, entry.shape) for path in files for name, entry in read_header(path).tensors.items()}
 
 
-def _tensors(files: Sequence[Path]) -> Any:
+def _tensors(files: Sequence[Path], wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
     from safetensors import safe_open
 
     for path in files:
         with safe_open(path, framework="pt", device="cpu") as stream:
             for name in stream.keys():  # noqa: SIM118 (not a dictionary)
-                yield name, stream.get_tensor(name)
+                if name in wanted:
+                    yield name, stream.get_tensor(name)
 
 
 def _same_bits(place: Tensor, tensor: Tensor) -> bool:
