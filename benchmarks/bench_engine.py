@@ -2,7 +2,8 @@
 
 ``five``, ``cheap``, ``larger``: ``analyze`` into a new store (discovery, hashing of the weights, planning,
 transactions) against the same functions called in a loop: load, one pass, measure. ``start``: what a process needs
-before. ``workers``: whole commands with one worker and with two.
+before. ``workers``: whole commands with one worker and with two, beside the same mathematics in one plain process
+and in two that share nothing, which is what the machine can give.
 ``memory``: the peak of the whole process for an evaluation set and for one ten times as large.
 
 ``python benchmarks/bench_engine.py five workers``: only these; the rows of the others stay.
@@ -163,18 +164,42 @@ def command(jobs: int, store: Path) -> None:
     )  # fmt: skip
 
 
+def plain(processes: int) -> None:
+    """The mathematics alone in so many processes at once, the series dealt out among them, one thread each."""
+    code = "import sys, bench_engine; bench_engine.share(int(sys.argv[1]), int(sys.argv[2]))"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    running = [
+        subprocess.Popen([sys.executable, "-c", code, str(index), str(processes)], env=environment)
+        for index in range(processes)
+    ]
+    for process in running:
+        assert process.wait() == 0
+
+
+def share(index: int, count: int) -> None:
+    """What one of ``count`` plain processes does."""
+    import torch
+
+    torch.set_num_threads(1)
+    mathematics(discover(str(SERIES))[index::count], EVALUATION, FOUR)
+
+
 def workers() -> list[dict[str, object]]:
+    """The floor is what this machine gives two processes that share nothing: half the time only on two quiet cores."""
     with tempfile.TemporaryDirectory() as temporary:
         store = Path(temporary) / "s.duckdb"
-        bodies = {"two": lambda: command(2, store), "one": lambda: command(1, store)}
-        seconds = alternating(bodies, repeats=1, warmup=0)
-        two, one = (statistics.median(seconds[which]) for which in bodies)
+        bodies = {
+            "two": lambda: command(2, store), "one": lambda: command(1, store),
+            "plain two": lambda: plain(2), "plain one": lambda: plain(1),
+        }  # fmt: skip
+        seconds = alternating(bodies, repeats=ROUNDS, warmup=0)
+        two, one, both, alone = (statistics.median(seconds[which]) for which in bodies)
     count = len(discover(str(SERIES)))
     return [
         result(
             f"two workers: {len(FOUR)} analyzers on {count} checkpoints, whole command", two, "s", peer=one,
-            peer_name="one worker", floor=one / 2, ratio=one / two, limit=one / 1.7, rounds=1,
-            versions=versions(*LIBRARIES),
+            peer_name="one worker", floor=both, ratio=one / two, limit=one / 1.7, rounds=ROUNDS,
+            plain_two=both, plain_one=alone, plain_ratio=alone / both, versions=versions(*LIBRARIES),
         )
     ]  # fmt: skip
 

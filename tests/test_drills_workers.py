@@ -156,6 +156,31 @@ def test_an_analysis_that_runs_out_of_memory_costs_itself(small_series: SmallSer
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("order", "jobs", "timeout", "said"),
+    [
+        ("die", 1, None, "died while second ran alone"),
+        ("die", 2, None, "died while second ran alone"),
+        ("hang", 1, 30.0, "longer than --timeout 30 allows"),
+    ],
+)
+def test_what_goes_wrong_beside_a_gpu_costs_itself(
+    small_series: SmallSeries, tmp_path: Path, order: str, jobs: int, timeout: float | None, said: str
+) -> None:
+    """``second`` and ``third`` run in the lane of the CPU; ``first`` uses the GPU meanwhile and is not to blame."""
+    drill = Drill(tmp_path / "drill", {"DRILL_GPU": "1", "DRILL_PAUSE": "0.2"})
+    store = tmp_path / "s.duckdb"
+    drill.order("second", 1, order)
+    more = {"jobs": jobs, "executor": "joblib", "timeout": timeout}
+    assert drill.run(small_series.run, small_series.evaluation, store, **more) == 1, drill.said()
+    (bad,) = Store.open(store).sql(STATUS).to_pylist()
+    assert (bad["step"], bad["analyzer"], bad["status"]) == (1, "second", "crashed"), bad
+    assert said in bad["message"]
+    assert len(contents(Store.open(store))) == 8
+    assert all(times == 1 for (_, step), times in drill.ran().items() if step == 0)
+
+
+@pytest.mark.slow
 def test_a_bad_day(small_series: SmallSeries, tmp_path: Path) -> None:
     """Everything in one run of the real command line, with two workers."""
     drill, run, store = Drill(tmp_path / "drill"), tmp_path / "run", tmp_path / "s.duckdb"

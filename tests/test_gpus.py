@@ -21,6 +21,7 @@ from trace_offline.checkpoints.model_view import ModelView
 from trace_offline.core.errors import UsageError
 from trace_offline.core.types import AnalysisStatus, Checkpoint, CheckpointState, Outcome
 from trace_offline.engine import devices, options, worker
+from trace_offline.engine.beside import in_two_lanes
 from trace_offline.engine.devices import VISIBLE, Placement, Slots, gpu_names, place
 from trace_offline.engine.executors import run_joblib
 from trace_offline.engine.options import AnalyzeOptions
@@ -257,3 +258,92 @@ def test_tf32_is_another_analysis_and_needs_a_gpu(small_series: SmallSeries, tmp
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match=r"--dtype tf32 is a way in which GPUs multiply.*Use --dtype float32"):
             analyze(small_series.run, small_series.evaluation, tmp_path / "s.duckdb", dtype="tf32")
+
+
+def test_two_lanes_run_side_by_side_and_say_what_is_at_stake() -> None:
+    import threading
+
+    told: list[tuple[str, tuple[str, ...]]] = []
+    threads: dict[str, int] = {}
+    met = threading.Barrier(2, timeout=30)
+
+    def work(name: str) -> None:
+        threads[name] = threading.get_ident()
+        if name in ("gpu 1", "cpu 1"):
+            met.wait()  # passes only when both are at work at once
+        if name == "cpu 2":
+            time.sleep(0.3)
+
+    in_two_lanes(
+        ["gpu 1", "gpu 2"], ["cpu 1", "cpu 2"], work, lambda item, others: told.append((item, tuple(others))),
+        lambda: threads.update(prepared=threading.get_ident()),
+    )  # fmt: skip
+    here = threading.get_ident()
+    assert threads["gpu 1"] == threads["gpu 2"] == here
+    assert threads["cpu 1"] == threads["cpu 2"] == threads["prepared"] != here
+    assert told[0] == ("gpu 1", ("cpu 1", "cpu 2"))
+    assert told[1][0] == "gpu 2"
+    assert told[1][1] in (("cpu 1", "cpu 2"), ("cpu 2",))
+    assert told[-1] == ("cpu 2", ())
+
+
+@pytest.mark.parametrize(("here", "beside"), [([], ["a", "b"]), (["a", "b"], []), ([], [])])
+def test_one_lane_needs_no_thread(here: list[str], beside: list[str]) -> None:
+    import threading
+
+    seen: list[tuple[str, int]] = []
+    told: list[tuple[str, tuple[str, ...]]] = []
+    in_two_lanes(
+        here, beside, lambda item: seen.append((item, threading.get_ident())),
+        lambda item, others: told.append((item, tuple(others))), lambda: pytest.fail("no thread, nothing to prepare"),
+    )  # fmt: skip
+    assert seen == [(item, threading.get_ident()) for item in here + beside]
+    assert told == [(item, ()) for item in here + beside]
+
+
+def test_what_the_other_lane_raises_is_raised_here() -> None:
+    def work(item: str) -> None:
+        if item == "cpu":
+            raise KeyboardInterrupt("from a plug-in")
+
+    with pytest.raises(KeyboardInterrupt, match="from a plug-in"):
+        in_two_lanes(["gpu"], ["cpu", "never"], work, lambda item, others: None, lambda: None)
+
+
+FIVE = ("hessian", "loss", "intrinsic_dimension", "output", "geometry")
+
+
+def test_numbers_beside_a_gpu_are_those_one_after_another(
+    tmp_path: Path, small_series: SmallSeries, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU is played by the CPU: the device is the same, but analyzers that do not need it get the other lane."""
+    import threading
+
+    from trace_offline.analyzers.geometry import GeometryAnalyzer
+    from trace_offline.analyzers.hessian import HessianAnalyzer
+
+    threads: dict[str, int] = {}
+    for kind in (GeometryAnalyzer, HessianAnalyzer):
+
+        def measure(self: Any, context: Any, plain: Any = kind.measure) -> Any:
+            threads[self.name] = threading.get_ident()
+            yield from plain(self, context)
+
+        monkeypatch.setattr(kind, "measure", measure)
+
+    def history(name: str) -> list[Any]:
+        summary = analyze(
+            small_series.run, small_series.evaluation, tmp_path / name, analyzers=FIVE, executor="inline", jobs=1,
+            params={"hessian": {"k": 2, "slq_probes": 2, "slq_steps": 4, "trace_probes": 3}},
+        )  # fmt: skip
+        assert summary.exit_code == 0, summary.problems
+        columns = "step, analyzer, layer, task, label, metric, value, stderr, n, reason"
+        return sorted(map(repr, Store.open(tmp_path / name).sql(f"select {columns} from history").to_pylist()))
+
+    expected = history("one.duckdb")
+    assert threads["geometry"] == threads["hessian"] == threading.get_ident()
+    monkeypatch.setattr(worker, "has_gpu", lambda device: True)
+    assert history("two.duckdb") == expected
+    assert threads["hessian"] == threading.get_ident()
+    assert threads["geometry"] != threading.get_ident()
+    assert expected

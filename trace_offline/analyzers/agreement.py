@@ -102,6 +102,7 @@ class AgreementAnalyzer(Analyzer):
         "arXiv:1808.09031 (comparing the probabilities of two forms)"
     )
     needs = frozenset({Need.LOGITS, Need.LABELS})
+    on_host = True
     metrics = (
         MetricSpec("accuracy", "1", "share of places with p(right) > p(wrong), equal ones half; chance 0.5"),
         MetricSpec(

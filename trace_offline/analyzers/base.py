@@ -72,6 +72,8 @@ class Analyzer:
 
     Raise ``NotApplicable("…because…")`` in ``collectors`` or ``measure`` when the question has no meaning here.
     ``version`` changes whenever numbers could change; the identity of every stored analysis contains it.
+    ``on_host``: ``measure`` (``extract``) asks the network for no computation, and what was collected is on the CPU.
+    Where a GPU is used, such analyzers run in a thread of their own, beside those that need it.
     """
 
     name: ClassVar[str]
@@ -80,6 +82,7 @@ class Analyzer:
     reference: ClassVar[str]
     scope: ClassVar[Scope] = Scope.CHECKPOINT
     needs: ClassVar[frozenset[Need]] = frozenset()
+    on_host: ClassVar[bool] = False
     metrics: ClassVar[tuple[MetricSpec, ...]] = ()
 
     class Params(Params):

@@ -41,6 +41,7 @@ class GeometryAnalyzer(Analyzer):
         "dimensions); Roy & Vetterli 2007 (effective rank); Hurley & Rickard 2009, arXiv:0811.4706 (Gini, Hoyer)"
     )
     needs = frozenset({Need.HIDDEN_STATES})
+    on_host = True
     metrics = (
         MetricSpec("anisotropy", "1", "mean cosine of two tokens of different texts"),
         MetricSpec("norm", "activation units", "mean Euclidean norm of a token's hidden state"),

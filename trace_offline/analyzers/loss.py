@@ -103,6 +103,7 @@ class LossAnalyzer(Analyzer):
         "bins); Cochran 1977, Sampling Techniques, 6.3 (standard error of a ratio over sequences)"
     )
     needs = frozenset({Need.LOGITS, Need.LABELS})
+    on_host = True
     metrics = (
         MetricSpec("loss", "nats", "mean negative log-probability of the target, per target token"),
         MetricSpec("perplexity", "1", "exp(loss); its standard error by the delta method"),

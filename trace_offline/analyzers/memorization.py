@@ -96,6 +96,7 @@ class MemorizationAnalyzer(Analyzer):
         "Techniques, 6.3 (standard errors over sequences)"
     )
     needs = frozenset({Need.LOGITS, Need.LABELS})
+    on_host = True
     metrics = (
         MetricSpec("loss", "nats", "mean negative log-probability of the target, this side only"),
         MetricSpec("accuracy", "1", "share of targets that are the most likely token, this side only"),

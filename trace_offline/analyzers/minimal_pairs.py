@@ -120,6 +120,7 @@ class MinimalPairsAnalyzer(Analyzer):
         "and Futrell et al. 2019, arXiv:1903.03260 (surprisal where it is violated); Wilcoxon 1945 (signed ranks)"
     )
     needs = frozenset({Need.LOGITS, Need.LABELS, Need.PAIRS})
+    on_host = True
     metrics = (
         MetricSpec("surprisal_original", "bits", "mean surprisal of the marked tokens in the original"),
         MetricSpec("surprisal_changed", "bits", "mean surprisal of the marked tokens in the changed sentence"),

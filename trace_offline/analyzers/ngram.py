@@ -106,6 +106,7 @@ class NgramAnalyzer(Analyzer):
         "from n-gram models); Witten & Bell 1991, IEEE Trans. Inf. Theory 37(4) (interpolation)"
     )
     needs = frozenset({Need.LOGITS, Need.LABELS})
+    on_host = True
     metrics = (
         MetricSpec("loss", "nats", "mean negative log-probability of the target under the network"),
         MetricSpec("accuracy", "1", "share of targets that are the network's most likely token"),

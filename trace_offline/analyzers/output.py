@@ -266,6 +266,7 @@ class OutputAnalyzer(Analyzer):
         "arXiv:1706.04599, and Kull et al. 2019, arXiv:1910.12656 (calibration error, classwise)"
     )
     needs = frozenset({Need.LOGITS, Need.LABELS})
+    on_host = True
     metrics = (
         MetricSpec("accuracy", "1", "share of words of the class whose first sub-word is the most likely prediction"),
         MetricSpec("loss", "nats", "mean negative log-probability of the first sub-word of words of the class"),

@@ -63,6 +63,7 @@ class ProbeTransferAnalyzer(SeriesAnalyzer):
         "Transformers, arXiv:2507.03668 (frozen probes); Alain & Bengio 2016, arXiv:1610.01644 (linear probes)"
     )
     needs = frozenset({Need.HIDDEN_STATES})
+    on_host = True
     metrics = (
         MetricSpec("refit_accuracy", "1", "accuracy of the probe fitted at this checkpoint, on its own test words"),
         MetricSpec(

@@ -109,6 +109,7 @@ class RepetitionAnalyzer(Analyzer):
         "Cochran 1977, Sampling Techniques, 6.3 (standard errors over sequences)"
     )
     needs = frozenset({Need.LOGITS, Need.LABELS})
+    on_host = True
     metrics = (
         MetricSpec("prediction_repeats", "1", "share of most likely tokens that stand in the context (rep/ℓ)"),
         MetricSpec("wrong_prediction_repeats", "1", "share of most likely tokens that do so and are wrong (wrep/ℓ)"),

@@ -46,6 +46,7 @@ class SimilarityAnalyzer(SeriesAnalyzer):
         "arXiv:2007.03506 (neighbourhood overlap)"
     )
     needs = frozenset({Need.HIDDEN_STATES})
+    on_host = True
     metrics = (
         MetricSpec("cka", "1", "linear centred kernel alignment: 1 equal up to rotation, shift and scale"),
         MetricSpec("cka_debiased", "1", "the same from unbiased estimates: about 0 for unrelated representations"),

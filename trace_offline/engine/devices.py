@@ -176,6 +176,11 @@ def resolve_device(name: str) -> str:
     return "cuda" if visible_gpus() else "cpu"
 
 
+def has_gpu(device: str) -> bool:
+    """Whether a resolved device is a GPU, beside which the CPU can do other work."""
+    return device.startswith("cuda")
+
+
 def open_device(device: str) -> None:
     """Start the device. Raises UsageError when PyTorch cannot use the GPU that the driver shows."""
     if not device.startswith("cuda"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +13,10 @@ from typing import Any
 
 from trace_offline.core.errors import CheckpointError, EvaluationSetError, NotApplicable, TraceOfflineError
 from trace_offline.core.types import AnalysisStatus, Array, Artifact, Measurement, Outcome
+from trace_offline.engine.beside import in_two_lanes
 from trace_offline.engine.board import Reporter, reporter
 from trace_offline.engine.cache import UnitActivations
-from trace_offline.engine.devices import check_tf32, device_facts, open_device, resolve_device
+from trace_offline.engine.devices import check_tf32, device_facts, has_gpu, open_device, resolve_device
 from trace_offline.engine.extracts import save_extract
 from trace_offline.engine.progress import name_of
 from trace_offline.engine.shared_pass import collect, once_more
@@ -192,11 +193,20 @@ def _measure_all(unit: Unit, jobs: list[_Job], device: str, versions: dict[str, 
             if job.request.analyzer == _owner(name) and job.outcome is None:
                 job.outcome = ended(job.request.analysis_id, fault, device)
 
-    for job in jobs:
-        if job.outcome is None:
-            report.tell(key, place, job.request.analyzer, (job.request.analysis_id,))
-            _measure(job, found.collectors, taken / max(1, len(listening)), device)
-            report.keep(_stamp(job, versions, device))
+    own = {id(job): _own_collectors(job, found.collectors) for job in jobs if job.outcome is None}
+
+    def work(job: _Job) -> None:
+        _measure(job, own.pop(id(job)), taken / max(1, len(listening)), device)
+        report.keep(_stamp(job, versions, device))
+
+    def tell(job: _Job, others: Sequence[_Job]) -> None:
+        report.tell(key, place, job.request.analyzer, (item.request.analysis_id for item in (job, *others)))
+
+    todo = [job for job in jobs if job.outcome is None]
+    beside = [job for job in todo if has_gpu(device) and type(job.analyzer).on_host]
+    in_two_lanes(
+        [job for job in todo if job not in beside], beside, work, tell, lambda: limit_threads(settings.threads)
+    )
 
 
 def _run_passes(
@@ -245,10 +255,13 @@ def _over(jobs: list[_Job], name: str) -> bool:
     return any(job.request.analyzer == _owner(name) and job.outcome is not None for job in jobs)
 
 
-def _measure(job: _Job, collectors: dict[str, Any], shared_seconds: float, device: str) -> None:
-    """Its own collectors are taken out, so that what they hold is gone before the next analyzer measures."""
+def _own_collectors(job: _Job, collectors: dict[str, Any]) -> dict[str, Any]:
+    """Taken out, so that what they hold is gone before the next analyzer measures."""
+    return {n.split(_BAR, 1)[1]: collectors.pop(n) for n in list(collectors) if _owner(n) == job.request.analyzer}
+
+
+def _measure(job: _Job, own: dict[str, Any], shared_seconds: float, device: str) -> None:
     started = time.perf_counter()
-    own = {n.split(_BAR, 1)[1]: collectors.pop(n) for n in list(collectors) if _owner(n) == job.request.analyzer}
     try:
         # What was collected is used up by a first attempt.
         told = len(job.remarks)
