@@ -319,3 +319,42 @@ def test_an_ended_run_leaves_no_worker_behind(
     while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not [pid for pid in workers if alive(pid)]
+
+
+def loky_workers(pid: int) -> list[int]:
+    found = []
+    for child in descendants(pid):
+        try:
+            words = Path(f"/proc/{child}/cmdline").read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        if any("loky" in word and "popen" in word for word in words):
+            found.append(child)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_workers_that_were_started_early_end_with_what_stops_the_planning(
+    small_series: SmallSeries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trace_offline.core.errors import EvaluationSetError
+    from trace_offline.engine import analyze as verb
+
+    seen: list[int] = []
+
+    def refuse(*_: Any) -> None:
+        until = time.monotonic() + 60
+        while len(seen) < 2 and time.monotonic() < until:
+            seen[:] = loky_workers(os.getpid())
+        raise EvaluationSetError("they belong to different tokenizers")
+
+    plain = verb._check_fit
+    monkeypatch.setattr(verb, "_check_fit", refuse)
+    more: dict[str, Any] = {"analyzers": ["loss"], "jobs": 2}
+    with pytest.raises(EvaluationSetError, match="different tokenizers"):
+        analyze(small_series.run, small_series.evaluation, tmp_path / "s.duckdb", **more)
+    assert len(seen) >= 2
+    assert not any(alive(pid) for pid in seen)
+    assert not (tmp_path / "s.duckdb").exists()
+    monkeypatch.setattr(verb, "_check_fit", plain)
+    assert analyze(small_series.run, small_series.evaluation, tmp_path / "s.duckdb", **more).exit_code == 0

@@ -20,6 +20,7 @@ from trace_offline.core.errors import StoreError, UsageError
 from trace_offline.core.types import AnalysisStatus, Array, Artifact, Checkpoint, CheckpointState, Measurement, Outcome
 from trace_offline.query.formats import render
 from trace_offline.query.reader import Store
+from trace_offline.store.connection import connection
 from trace_offline.store.rows import checkpoint_id
 from trace_offline.store.writer import Writer
 
@@ -396,3 +397,13 @@ def test_killed_writers_lose_no_acknowledged_analysis(path: Path) -> None:
     assert store.scalar("select count(*) from history where value <= ?", [acknowledged]) == acknowledged + 1
     with Writer.open(path):  # the lock died with its holder
         pass
+
+
+def test_ctrl_c_in_a_query_is_ctrl_c(tmp_path: Path) -> None:
+    """DuckDB makes a RuntimeError of it, which would be a traceback for a user who only wanted to stop."""
+    store = tmp_path / "s.duckdb"
+    Writer.open(store).close()
+    with pytest.raises(KeyboardInterrupt), connection(store, read_only=True):
+        raise RuntimeError("Query interrupted")
+    with pytest.raises(RuntimeError, match="something else"), connection(store, read_only=True):
+        raise RuntimeError("something else")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,11 +42,41 @@ for step in range(there[-1] + 1 if there else 0, last):
     time.sleep(0.4)
 """
 
+# The Trainer of transformers; it saves the optimizer, too, and rotates by itself.
+TRAINER = """
+import sys, time
+from pathlib import Path
+import torch
+from tiny_models import gpt_neox
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-def training(tmp_path: Path, folder: Path, last: int) -> subprocess.Popen[bytes]:
+class Slowly(TrainerCallback):
+    def on_save(self, arguments, state, control, **more):
+        time.sleep(0.3)
+
+folder, last = Path(sys.argv[1]), int(sys.argv[2])
+# what a killed save left has no trainer_state.json, which is written last; it is saved again
+whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+newest = max(whole, key=lambda path: int(path.name[11:]), default=None)
+torch.manual_seed(0)
+rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 60, (64, 8))]
+arguments = TrainingArguments(
+    folder, max_steps=last, save_steps=2, save_total_limit=3, per_device_train_batch_size=4, use_cpu=True,
+    lr_scheduler_type="constant", report_to=[], disable_tqdm=True, logging_steps=10**6,
+)
+trainer = Trainer(gpt_neox(), arguments, default_data_collator, train_dataset=rows, callbacks=[Slowly()])
+trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+"""
+
+
+def training(tmp_path: Path, folder: Path, last: int, text: str) -> subprocess.Popen[bytes]:
     script = tmp_path / "train.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n" + TRAINING)
+    script.write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n" + text)
     return subprocess.Popen([sys.executable, str(script), str(folder), str(last)])
+
+
+def steps(folder: Path) -> set[int]:
+    return {int(re.sub(r"\D", "", path.name)) for path in folder.iterdir() if re.search(r"\d$", path.name)}
 
 
 def counts(store: Path) -> dict[int, int]:
@@ -57,7 +88,12 @@ def counts(store: Path) -> dict[int, int]:
 
 
 @pytest.mark.slow
-def test_every_surviving_checkpoint_is_analyzed_exactly_once(small_series: SmallSeries, tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", [TRAINING, TRAINER], ids=["plain", "Trainer"])
+def test_every_surviving_checkpoint_is_analyzed_exactly_once(
+    small_series: SmallSeries, tmp_path: Path, script: str
+) -> None:
+    if script == TRAINER:
+        pytest.importorskip("accelerate", reason="the Trainer of transformers needs accelerate (test extra)")
     folder, store, drill = tmp_path / "run", tmp_path / "s.duckdb", Drill(tmp_path / "drill")
     order = [
         *(sys.executable, "-m", "trace_offline.cli.main", "watch", str(folder), "--jobs", "1", "--analyzer", "first"),
@@ -68,7 +104,7 @@ def test_every_surviving_checkpoint_is_analyzed_exactly_once(small_series: Small
     for number in range(3):
         # The first time before the training has made its folder; in turns the one and the other is killed first.
         watching = subprocess.Popen(order, stderr=subprocess.DEVNULL, env=whole)
-        trainer = training(tmp_path, folder, 1000)
+        trainer = training(tmp_path, folder, 1000, script)
         before = witness.look()
         until(lambda before=before: store.exists() and len(places(Store.open(store))) >= before + 2)
         time.sleep(0.3 * number)
@@ -76,8 +112,7 @@ def test_every_surviving_checkpoint_is_analyzed_exactly_once(small_series: Small
             process.kill()
             process.wait()
         assert witness.look() > before
-    reached = max(int(path.name[4:]) for path in folder.glob("step*"))
-    trainer = training(tmp_path, folder, reached + 10)
+    trainer = training(tmp_path, folder, max(steps(folder)) + 10, script)
     last = subprocess.Popen(order, stderr=subprocess.PIPE, text=True, env=whole)
     trainer.wait(timeout=300)
     _, said = last.communicate(timeout=300)
@@ -85,7 +120,7 @@ def test_every_surviving_checkpoint_is_analyzed_exactly_once(small_series: Small
     assert "Traceback" not in said
     witness.look()
     done = {step for _, step in places(Store.open(store))}
-    surviving = {int(path.name[4:]) for path in folder.glob("step*")}
+    surviving = steps(folder)
     assert len(surviving) == 3
     assert surviving <= done
     assert {drill.ran()["first", step] for step in surviving} == {1}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from trace_offline.engine.board import Board
 from trace_offline.engine.cache import DEFAULT_SIZE, cache_folder, parse_size
 from trace_offline.engine.download_rules import DownloadRules
 from trace_offline.engine.execution import Execution, Summary, Workforce, duplicate_warnings
+from trace_offline.engine.executors import started_early
 from trace_offline.engine.fingerprints import known_fingerprints, with_fingerprints
 from trace_offline.engine.heldout import check_used, load_heldout, with_heldout
 from trace_offline.engine.interrupt import StopRequest
@@ -86,10 +88,13 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None, stop: Sto
         cache=None if cache is None else str(cache),
         cache_bytes=parse_size(options.cache_size or DEFAULT_SIZE),
     )
-    if not Path(options.store).exists():
-        _check_fit(needed, settings, evaluation, heldout)  # before anything is made
-
-    with Writer.open(Path(options.store)) as writer:
+    fresh = not Path(options.store).exists()
+    with ExitStack() as stack:
+        if fresh and executor == "joblib":  # there will be work
+            stack.enter_context(started_early(jobs, placement.gpus))
+        if fresh:
+            _check_fit(needed, settings, evaluation, heldout)  # before anything is made
+        writer = stack.enter_context(Writer.open(Path(options.store)))
         needed, stamps, unreadable = with_fingerprints(needed, writer, known_fingerprints(writer))
         if not needed:
             raise CheckpointError(f"No checkpoint in {options.source} can be read: {unreadable[0].reason}")

@@ -9,8 +9,9 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -169,10 +170,65 @@ def _named(body: Callable[[T], list[Outcome]], task: T) -> tuple[str, list[Outco
     return "", body(task)
 
 
+_early: list[Generator[Any, None, None]] = []
+"""What workers that were started early are at; the next pool has the same workers."""
+
+
+@contextmanager
+def started_early(jobs: int, gpus: tuple[str, ...]) -> Iterator[None]:
+    """Inside, workers start and import their libraries, which takes seconds, while this process reads and plans.
+
+    What goes wrong before they have work ends them at once: the user waits for an error message, not for workers.
+    """
+    from joblib import delayed
+
+    _early.append(_pool(jobs, gpus)(delayed(_import)() for _ in range(jobs)))
+    try:
+        yield
+    finally:
+        while _early:  # nobody came to use them
+            with _unwarned():
+                _early.pop().close()
+
+
+def _import() -> None:
+    import torch  # noqa: F401
+    import transformers.modeling_utils  # noqa: F401
+
+    import trace_offline.engine.worker  # noqa: F401
+    from trace_offline.analyzers.registry import registry
+
+    registry()
+
+
+def _wait_for_early() -> None:
+    while _early:
+        try:
+            for _ in _early.pop():
+                pass
+        except BrokenProcessPool:
+            continue  # one that died at its start is replaced with the pool
+
+
 def _parallel(tasks: Iterator[Any], jobs: int, gpus: tuple[str, ...] = ()) -> Iterator[tuple[str, list[Outcome]]]:
+    _wait_for_early()
+    parallel = _pool(jobs, gpus)
+    with _unwarned():
+        yield from parallel(tasks)
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """A generator closed early (an interrupt) warns about the tasks it cancels; that is what was asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="joblib")
+        yield
+
+
+def _pool(jobs: int, gpus: tuple[str, ...]) -> Any:
     from joblib import Parallel
 
-    parallel = Parallel(
+    return Parallel(
         # One process would be this one: loky needs two to give isolation.
         n_jobs=max(2, jobs),
         backend="loky",
@@ -182,10 +238,6 @@ def _parallel(tasks: Iterator[Any], jobs: int, gpus: tuple[str, ...] = ()) -> It
         initializer=_belong_to,
         initargs=(os.getpid(), Slots.of(gpus, jobs)),
     )
-    with warnings.catch_warnings():
-        # A generator closed early (an interrupt) warns about the tasks it cancels; that is what was asked for.
-        warnings.filterwarnings("ignore", category=UserWarning, module="joblib")
-        yield from parallel(tasks)
 
 
 def _belong_to(parent: int, slots: Slots | None = None) -> None:

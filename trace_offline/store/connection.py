@@ -52,6 +52,10 @@ def connection(
     opened = _open(path, read_only=read_only, patience=patience, waiting=waiting)
     try:
         yield opened
+    except RuntimeError as error:
+        if str(error) == "Query interrupted":  # what DuckDB makes of Ctrl-C
+            raise KeyboardInterrupt from None
+        raise
     finally:
         opened.close()
 
