@@ -205,15 +205,19 @@ def workers() -> list[dict[str, object]]:
 
 
 PEAK = """
-import re, runpy, sys
+import importlib, re, runpy, sys
 name, sys.argv = sys.argv[1], sys.argv[1:]
 try:
-    runpy.run_module(name, run_name="__main__")
+    if len(sys.argv) > 1:
+        runpy.run_module(name, run_name="__main__")
+    else:
+        importlib.import_module(name)
 except SystemExit as end:
     assert not end.code, end.code
 print("peak", re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1], file=sys.stderr)
 """
-"""Runs a module and says what the process held at most. Not ``ru_maxrss``: that begins with what the parent holds."""
+"""Runs a module, or imports it when there are no words for it, and says what the process held at most. Not
+``ru_maxrss``: that begins with what the parent holds."""
 
 
 def peak_megabytes(module: str, *words: object) -> float:

@@ -93,17 +93,19 @@ class _Task:
 
     def __init__(self, spans: Spans, evaluation: EvaluationSet, clusters: Codes) -> None:
         order = np.argsort(spans.row, kind="stable")
-        self.row, self.label = spans.row[order], spans.label[order]
-        self.position = spans.start[order] - (1 if evaluation.labels_shifted else 0)
+        # Half as wide as usual: these are held for every word of the set, however large it is.
+        self.row, self.label = spans.row[order].astype(np.int32), spans.label[order].astype(np.int32)
+        self.position = (spans.start[order] - (1 if evaluation.labels_shifted else 0)).astype(np.int32)
         self.classes = spans.classes
-        self.tokens, self.shares = class_given_token(first_tokens(spans, evaluation)[order], self.label, self.classes)
-        self.cluster = clusters[self.row]
+        tokens = first_tokens(spans, evaluation)[order]
+        self.tokens, self.shares = class_given_token(tokens, spans.label[order], self.classes)
+        self.cluster = clusters[self.row].astype(np.int32)
         clusters_n, self.n_classes = int(clusters.max()) + 1, len(self.classes)
         self.sums: Floats = np.zeros((clusters_n, self.n_classes, 6))
         self.members: Floats = np.zeros((clusters_n, self.n_classes))
-        self.coarse = cluster_codes(evaluation.group, JACKKNIFE_GROUPS)[self.row]
+        self.coarse = cluster_codes(evaluation.group, JACKKNIFE_GROUPS)[self.row].astype(np.int32)
         groups = int(self.coarse.max(initial=0)) + 1 if self.n_classes <= _CALIBRATED_CLASSES else 0
-        places = np.unique(self.row * (evaluation.max_length + 1) + spans.start[order])
+        places = np.unique(self.row.astype(np.int64) * (evaluation.max_length + 1) + spans.start[order])
         self.several = len(places) < len(self.row)
         self.confidence = CalibrationBins(groups * self.n_classes)
         self.by_class = CalibrationBins(groups * self.n_classes)
@@ -227,23 +229,24 @@ class WordPredictionCollector:
         on_tokens: Floats,
     ) -> None:
         task = self._tasks[name]
-        label, rows = task.label[index], np.arange(len(index))
+        label, cluster, coarse = (codes[index].astype(np.int64) for codes in (task.label, task.cluster, task.coarse))
+        rows = np.arange(len(index))
         known = on_tokens[:, self._places[name]]
         shared = known @ task.shares.astype(np.float32)
         whole = known @ (task.shares > 0).astype(np.float32)
         task.undefined += int(np.isnan(top).sum())
         task.infinite += int(np.isinf(nll).sum())
         groups, classes = task.sums.shape[:2]
-        cells = task.cluster[index] * classes + label
+        cells = cluster * classes + label
         columns = (np.ones(len(index)), nll, correct, shared[rows, label], np.exp(-nll), whole[rows, label])
         for slot, values in enumerate(columns):
             task.sums[:, :, slot] += np.bincount(cells, weights=values, minlength=groups * classes).reshape(groups, -1)
         token = np.minimum(np.searchsorted(task.tokens, target), len(task.tokens) - 1)
         belongs = (task.shares[token] > 0) & (task.tokens[token] == target)[:, None]
-        np.add.at(task.members, task.cluster[index], belongs.astype(np.float64))
+        np.add.at(task.members, cluster, belongs.astype(np.float64))
         if not task.undefined and len(task.confidence.sums):
-            task.confidence.add(top, correct.astype(bool), task.coarse[index] * classes + label)
-            every = (task.coarse[index][:, None] * classes + np.arange(classes)).reshape(-1)
+            task.confidence.add(top, correct.astype(bool), coarse * classes + label)
+            every = (coarse[:, None] * classes + np.arange(classes)).reshape(-1)
             hit = label[:, None] == np.arange(classes)
             task.by_class.add(shared.reshape(-1).astype(np.float64), hit.reshape(-1), every)
 

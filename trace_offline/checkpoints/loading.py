@@ -97,7 +97,7 @@ def load_model(
         module, notes = _without_config(read_weights(files), files[0], DTYPES[dtype])
     if not lent:
         module = module.to(device).eval()
-    _own(module)
+        _own(module)
     if hasattr(module, "config") and hasattr(module.config, "use_cache"):
         module.config.use_cache = False
     refuse_not_finite(module.named_parameters(), checkpoint.location)

@@ -32,15 +32,17 @@ class _Kept:
     layout: Layout
     module: nn.Module
     places: dict[str, Tensor]  # by the names of the file
+    memory: dict[str, Tensor]
     buffers: dict[str, Tensor]
     notes: tuple[str, ...]
     view: weakref.ref[ModelView]
 
 
 class ModelCache:
-    """Holds at most one network. A network in use is never touched: while the last ModelView is alive, none is reused.
+    """Holds at most one network, whose tensors own their memory.
 
-    ``hits`` counts the loads it shortened.
+    A network in use is never touched: while the last ModelView is alive, none is reused. ``hits`` counts the
+    loads it shortened.
     """
 
     def __init__(self) -> None:
@@ -55,7 +57,8 @@ class ModelCache:
         with torch.no_grad():
             for name, tensor in _tensors(files, kept.places):
                 place = kept.places[name]
-                place.data = tensor.to(dtype=place.dtype, device=place.device)
+                # Into the memory that the kept network owns: fresh memory would cost more than the copy.
+                place.data = kept.memory[name].copy_(tensor)
                 place.grad = None
                 place.requires_grad_(isinstance(place, nn.Parameter))
             for name, value in kept.buffers.items():
@@ -77,7 +80,8 @@ class ModelCache:
             return False
         owned = {id(place) for place in places.values()}
         buffers = {name: buffer.clone() for name, buffer in view.module.named_buffers() if id(buffer) not in owned}
-        self._kept = _Kept(identity, layout, view.module, places, buffers, view.notes, weakref.ref(view))
+        memory = {name: place.detach() for name, place in places.items()}
+        self._kept = _Kept(identity, layout, view.module, places, memory, buffers, view.notes, weakref.ref(view))
         return True
 
 

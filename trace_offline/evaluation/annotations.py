@@ -38,6 +38,8 @@ class Annotations:
     def ordered(self) -> Annotations:
         """Sorted by row, start, end, task, label: the order that is written and hashed."""
         order = np.lexsort((ranks(self.label), ranks(self.task), self.end, self.start, self.row))
+        if bool((order[1:] > order[:-1]).all()):
+            return self  # files are written in this order: no second copy of a large one
         return Annotations(self.row[order], self.task[order], self.start[order], self.end[order], self.label[order])
 
     def where(self, wanted: npt.NDArray[np.bool_]) -> Annotations:
@@ -120,6 +122,7 @@ def read_annotations(folder: Path, example: npt.NDArray[np.int64], task: str | N
         with pq.ParquetFile(path, read_dictionary=["task", "label"]) as file:
             piece = partial(_piece, path=path, sorted_example=example[order], order=order, task=task)
             parts = [piece(batch) for batch in file.iter_batches(_PIECE, columns=list(_COLUMNS))]
+        pa.default_memory_pool().release_unused()  # it would keep the pages of a large file for itself
     except (pa.ArrowException, OSError) as error:
         raise EvaluationSetError(f"{path}: damaged or incomplete ({error}). Build the evaluation set anew.") from error
     if not parts:
