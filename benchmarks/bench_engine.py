@@ -2,8 +2,8 @@
 
 ``five``, ``cheap``, ``larger``: ``analyze`` into a new store (discovery, hashing of the weights, planning,
 transactions) against the same functions called in a loop: load, one pass, measure. ``start``: what a process needs
-before. ``workers``: whole commands with one worker and with two, beside the same mathematics in one plain process
-and in two that share nothing, which is what the machine can give.
+before. ``workers``: whole commands with one worker and with two, beside the same mathematics in two
+plain processes that share nothing, which is what the machine can give.
 ``memory``: the peak of the whole process for an evaluation set and for one ten times as large.
 
 ``python benchmarks/bench_engine.py five workers``: only these; the rows of the others stay.
@@ -12,6 +12,7 @@ and in two that share nothing, which is what the machine can give.
 from __future__ import annotations
 
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -151,10 +152,27 @@ def start() -> list[dict[str, object]]:
     return [result("start of a process and its imports, once a command", seconds, "s", versions=versions(*LIBRARIES))]
 
 
-def command(jobs: int, store: Path) -> None:
+def twice(folder: Path) -> Path:
+    """The shipped series, and once more with a little noise on the weights, as later steps."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    for item in discover(str(SERIES)):
+        place = Path(item.location)
+        shutil.copytree(place, folder / "twice" / place.name)
+        later = folder / "twice" / f"step{10_000 + (item.step or 0)}"
+        shutil.copytree(place, later)
+        generator = torch.Generator().manual_seed(item.step or 0)
+        weights = load_file(later / "model.safetensors")
+        noisy = {name: each + 1e-3 * torch.randn(each.shape, generator=generator) for name, each in weights.items()}
+        save_file(noisy, later / "model.safetensors", metadata={"format": "pt"})
+    return folder / "twice"
+
+
+def command(series: Path, jobs: int, store: Path) -> None:
     """The whole command, with one thread a worker."""
     store.unlink(missing_ok=True)
-    words = ["analyze", SERIES, "--evaluation-set", EVALUATION, "--store", store, "--jobs", jobs]
+    words = ["analyze", series, "--evaluation-set", EVALUATION, "--store", store, "--jobs", jobs]
     for name in FOUR:
         words += ["--analyzer", name]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -164,42 +182,42 @@ def command(jobs: int, store: Path) -> None:
     )  # fmt: skip
 
 
-def plain(processes: int) -> None:
+def plain(series: Path, processes: int) -> None:
     """The mathematics alone in so many processes at once, the series dealt out among them, one thread each."""
-    code = "import sys, bench_engine; bench_engine.share(int(sys.argv[1]), int(sys.argv[2]))"
+    code = "import sys, bench_engine; bench_engine.share(*sys.argv[1:])"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
     running = [
-        subprocess.Popen([sys.executable, "-c", code, str(index), str(processes)], env=environment)
+        subprocess.Popen([sys.executable, "-c", code, str(series), str(index), str(processes)], env=environment)
         for index in range(processes)
     ]
     for process in running:
         assert process.wait() == 0
 
 
-def share(index: int, count: int) -> None:
+def share(series: str, index: str, count: str) -> None:
     """What one of ``count`` plain processes does."""
     import torch
 
     torch.set_num_threads(1)
-    mathematics(discover(str(SERIES))[index::count], EVALUATION, FOUR)
+    mathematics(discover(series)[int(index) :: int(count)], EVALUATION, FOUR)
 
 
 def workers() -> list[dict[str, object]]:
-    """The floor is what this machine gives two processes that share nothing: half the time only on two quiet cores."""
+    """The floor is what this machine gives two plain processes that share nothing and keep nothing."""
     with tempfile.TemporaryDirectory() as temporary:
-        store = Path(temporary) / "s.duckdb"
+        store, series = Path(temporary) / "s.duckdb", twice(Path(temporary))
         bodies = {
-            "two": lambda: command(2, store), "one": lambda: command(1, store),
-            "plain two": lambda: plain(2), "plain one": lambda: plain(1),
+            "two": lambda: command(series, 2, store), "one": lambda: command(series, 1, store),
+            "plain two": lambda: plain(series, 2),
         }  # fmt: skip
-        seconds = alternating(bodies, repeats=ROUNDS, warmup=0)
-        two, one, both, alone = (statistics.median(seconds[which]) for which in bodies)
-    count = len(discover(str(SERIES)))
+        seconds = alternating(bodies, repeats=1, warmup=0)
+        two, one, both = (statistics.median(seconds[which]) for which in bodies)
+        count = len(discover(str(series)))
     return [
         result(
-            f"two workers: {len(FOUR)} analyzers on {count} checkpoints, whole command", two, "s", peer=one,
-            peer_name="one worker", floor=both, ratio=one / two, limit=one / 1.7, rounds=ROUNDS,
-            plain_two=both, plain_one=alone, plain_ratio=alone / both, versions=versions(*LIBRARIES),
+            f"two workers: {len(FOUR)} analyzers on {count} checkpoints (the shipped series twice), whole command", two,
+            "s", peer=one, peer_name="one worker", floor=both, ratio=one / two, limit=one / 1.7, rounds=1,
+            versions=versions(*LIBRARIES),
         )
     ]  # fmt: skip
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import SmallSeries
 
-from trace_offline import EvaluationSetError, Store, UsageError, analyze, rerun
+from trace_offline import EvaluationSetError, Store, StoreError, UsageError, analyze, rerun
 from trace_offline.core.types import Checkpoint, CheckpointState
 from trace_offline.engine import execution
 from trace_offline.engine.options import AnalyzeOptions
@@ -337,24 +337,21 @@ def loky_workers(pid: int) -> list[int]:
 def test_workers_that_were_started_early_end_with_what_stops_the_planning(
     small_series: SmallSeries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trace_offline.core.errors import EvaluationSetError
     from trace_offline.engine import analyze as verb
 
     seen: list[int] = []
 
     def refuse(*_: Any) -> None:
-        until = time.monotonic() + 60
-        while len(seen) < 2 and time.monotonic() < until:
-            seen[:] = loky_workers(os.getpid())
-        raise EvaluationSetError("they belong to different tokenizers")
+        seen[:] = loky_workers(os.getpid())
+        raise StoreError("no place for it")
 
-    plain = verb._check_fit
-    monkeypatch.setattr(verb, "_check_fit", refuse)
+    plain = verb.Writer.open
+    monkeypatch.setattr(verb.Writer, "open", refuse)
     more: dict[str, Any] = {"analyzers": ["loss"], "jobs": 2}
-    with pytest.raises(EvaluationSetError, match="different tokenizers"):
+    with pytest.raises(StoreError, match="no place for it"):
         analyze(small_series.run, small_series.evaluation, tmp_path / "s.duckdb", **more)
     assert len(seen) >= 2
     assert not any(alive(pid) for pid in seen)
     assert not (tmp_path / "s.duckdb").exists()
-    monkeypatch.setattr(verb, "_check_fit", plain)
+    monkeypatch.setattr(verb.Writer, "open", plain)
     assert analyze(small_series.run, small_series.evaluation, tmp_path / "s.duckdb", **more).exit_code == 0

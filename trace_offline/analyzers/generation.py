@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import Field
 
-from trace_offline.activations.sampling import Sample, context_length_of, sample
 from trace_offline.analyzers._measurements import measurement, missing
 from trace_offline.analyzers.base import Analyzer, Context, MetricSpec, Need
 from trace_offline.core.errors import NotApplicable
@@ -22,6 +21,9 @@ from trace_offline.core.params import Params as BaseParams
 from trace_offline.core.types import Result
 from trace_offline.estimators.clustered import Codes, Estimate, cluster_codes, cluster_sums, ratio
 from trace_offline.estimators.repetition import ngram_divergence, repeated_share
+
+if TYPE_CHECKING:
+    from trace_offline.activations.sampling import Sample
 
 _ROWS = 1024
 _REASON = "no text is long enough for an n-gram of this length"
@@ -75,6 +77,8 @@ class GenerationAnalyzer(Analyzer):
 
     def measure(self, context: Context) -> Iterator[Result]:
         """Numbers of whole texts (label None), then those of every n-gram length."""
+        from trace_offline.activations.sampling import context_length_of, sample
+
         params, evaluation = context.params, context.evaluation
         if evaluation.objective != "causal_lm" or not evaluation.labels_shifted:
             raise NotApplicable("not applicable because the evaluation set is not one of next-token prediction")

@@ -97,6 +97,10 @@ def ending_well() -> Iterator[StopRequest]:
     except KeyboardInterrupt:
         print(_INTERRUPTED, file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        from trace_offline.engine.executors import end_workers
+
+        end_workers()
 
 
 def finish(summaries: list[Summary], *, as_json: bool) -> int:

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.special import digamma
 
 from trace_offline.core.errors import UsageError
 
@@ -29,6 +27,8 @@ def entropy(counts: Sequence[int] | np.ndarray) -> Estimate:
     ``sum_i x_i/n (psi(n) - psi(x_i))`` and, from the classes seen once and twice, an estimate of the rest. The
     standard error is the plug-in one, sqrt(Var[-log2 p] / n). Raises UsageError without observations.
     """
+    from scipy.special import digamma
+
     x = np.asarray(counts, dtype=np.float64)
     x = x[x > 0]
     n = int(x.sum())
@@ -109,6 +109,8 @@ def mixture_share(ratios: np.ndarray, counts: np.ndarray) -> Estimate:
     concave; the standard error is 1 / sqrt(observed information). s may come out below 0, so that it is unbiased
     there, as long as every outcome keeps a probability. Raises UsageError when all ratios are 1 (any share fits).
     """
+    from scipy.optimize import brentq
+
     gain = np.asarray(ratios, dtype=np.float64) - 1.0
     counts = np.asarray(counts, dtype=np.float64)
     if not counts.sum() or not np.any(gain[counts > 0]):

@@ -6,7 +6,6 @@ from collections import defaultdict
 from functools import lru_cache
 
 import numpy as np
-from scipy.optimize import brentq
 
 from trace_offline.core.errors import UsageError
 from trace_offline.corpus.grammar import AGENT_PHRASE, FRAMES, OBLIQUE, Frame
@@ -96,6 +95,8 @@ def exponent(params: CorpusParams) -> float:
     """
     if params.entropy is None:
         return params.alpha
+    from scipy.optimize import brentq
+
     low, high = entropy_per_word(params, MAX_ALPHA), entropy_per_word(params, 0.0)
     if not low < params.entropy <= high:
         raise UsageError(

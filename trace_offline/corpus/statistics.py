@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import brentq
 
 from trace_offline.core.errors import UsageError
 
@@ -28,6 +27,8 @@ def fit_zipf(counts: Sequence[int] | np.ndarray) -> ZipfFit:
 
     Raises UsageError when fewer than two ranks or no draws are given, or when all draws fall on one end of the list.
     """
+    from scipy.optimize import brentq
+
     observed = np.asarray(counts, dtype=np.float64)
     n = int(observed.sum())
     if observed.ndim != 1 or len(observed) < 2 or n == 0 or observed.min() < 0:

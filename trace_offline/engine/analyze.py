@@ -6,6 +6,7 @@ import json
 import os
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from trace_offline.engine.download_rules import DownloadRules
 from trace_offline.engine.execution import Execution, Summary, Workforce, duplicate_warnings
 from trace_offline.engine.executors import started_early
 from trace_offline.engine.fingerprints import known_fingerprints, with_fingerprints
+from trace_offline.engine.fit import check_fit
 from trace_offline.engine.heldout import check_used, load_heldout, with_heldout
 from trace_offline.engine.interrupt import StopRequest
 from trace_offline.engine.options import LATER, ONLY, AnalyzeOptions, Shard, choose_device, choose_jobs, factory_digest
@@ -30,7 +32,6 @@ from trace_offline.engine.remarks import remark_warnings, replaced_steps, replac
 from trace_offline.engine.removed import removed_since
 from trace_offline.engine.series import SeriesPlan
 from trace_offline.engine.unit import Unit, WorkSettings
-from trace_offline.engine.worker import check_tokenizer_of
 from trace_offline.evaluation.evaluation_set import EvaluationSet
 from trace_offline.store.rows import checkpoint_id
 from trace_offline.store.writer import Writer
@@ -90,10 +91,18 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None, stop: Sto
     )
     fresh = not Path(options.store).exists()
     with ExitStack() as stack:
-        if fresh and executor == "joblib":  # there will be work
-            stack.enter_context(started_early(jobs, placement.gpus))
+
+        def check() -> None:
+            """Called when there is something to do: reading a tokenizer loads transformers."""
+            local = next((item for item in needed if item.layout != "hub"), None)
+            first = partial(check_fit, None if local is None else Unit(local, (), settings))
+            if executor == "joblib":
+                stack.enter_context(started_early(jobs, placement.gpus, first))
+            else:
+                first()
+
         if fresh:
-            _check_fit(needed, settings, evaluation, heldout)  # before anything is made
+            check()  # before anything is made
         writer = stack.enter_context(Writer.open(Path(options.store)))
         needed, stamps, unreadable = with_fingerprints(needed, writer, known_fingerprints(writer))
         if not needed:
@@ -106,8 +115,8 @@ def analyze(options: AnalyzeOptions, progress: Progress | None = None, stop: Sto
         if options.shard is not None:
             needed, chosen = _share(needed, chosen, options.shard)
         removed = removed_since(writer, run, needed) if options.rotating and comparing else []
-        if series.pending(needed) or any(planner.missing(item) for item in chosen):
-            _check_fit(needed, settings, evaluation, heldout)
+        if not fresh and (series.pending(needed) or any(planner.missing(item) for item in chosen)):
+            check()
 
         writer.register_run(run, _absolute(options.source), evaluation.hash, options.stored(), _model_type(needed))
         sets = [item for item in (evaluation, heldout) if item is not None]
@@ -193,18 +202,6 @@ def _share(
     dealt = [*chosen, *(item for item in needed if id(item) not in first)]
     mine = {id(item) for item in dealt[shard.index - 1 :: shard.count]}
     return [item for item in needed if id(item) in mine], [item for item in chosen if id(item) in mine]
-
-
-def _check_fit(chosen: list[Checkpoint], settings: WorkSettings, *sets: EvaluationSet | None) -> None:
-    """Raise EvaluationSetError when the first checkpoint on this disk has another tokenizer.
-
-    Called only when there is something to do: reading a tokenizer loads transformers.
-    """
-    local = next((item for item in chosen if item.layout != "hub"), None)
-    if local is not None:
-        for evaluation in sets:
-            if evaluation is not None:
-                check_tokenizer_of(Unit(local, (), settings), evaluation)
 
 
 def _absolute(source: str) -> str:

@@ -11,7 +11,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -175,23 +175,28 @@ _early: list[Generator[Any, None, None]] = []
 
 
 @contextmanager
-def started_early(jobs: int, gpus: tuple[str, ...]) -> Iterator[None]:
-    """Inside, workers start and import their libraries, which takes seconds, while this process reads and plans.
+def started_early(jobs: int, gpus: tuple[str, ...], first: Callable[[], None]) -> Iterator[None]:
+    """Inside, workers import their libraries, which takes seconds, while this process plans; one did ``first`` before.
 
-    What goes wrong before they have work ends them at once: the user waits for an error message, not for workers.
+    Raises what ``first`` raises. What goes wrong before they have work ends them at once: the user waits for an error
+    message, not for workers.
     """
     from joblib import delayed
 
-    _early.append(_pool(jobs, gpus)(delayed(_import)() for _ in range(jobs)))
+    tasks = (delayed(_import)(first if number == 0 else None) for number in range(jobs))
+    _early.append(_pool(jobs, gpus, in_order=True)(tasks))
     try:
+        with suppress(BrokenProcessPool):  # one that dies at its start is replaced with the pool
+            next(_early[-1])
         yield
     finally:
         while _early:  # nobody came to use them
             with _unwarned():
                 _early.pop().close()
+            end_workers()
 
 
-def _import() -> None:
+def _import(then: Callable[[], None] | None) -> None:
     import torch  # noqa: F401
     import transformers.modeling_utils  # noqa: F401
 
@@ -199,15 +204,27 @@ def _import() -> None:
     from trace_offline.analyzers.registry import registry
 
     registry()
+    if then is not None:
+        then()
+
+
+def end_workers() -> None:
+    """Kill the workers of this process, which have nothing to do any more: to let them tidy up would take seconds."""
+    from joblib.externals.loky import get_reusable_executor
+
+    if _started:
+        _started.clear()
+        get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
+
+
+_started: list[bool] = []
 
 
 def _wait_for_early() -> None:
     while _early:
-        try:
+        with suppress(BrokenProcessPool):
             for _ in _early.pop():
                 pass
-        except BrokenProcessPool:
-            continue  # one that died at its start is replaced with the pool
 
 
 def _parallel(tasks: Iterator[Any], jobs: int, gpus: tuple[str, ...] = ()) -> Iterator[tuple[str, list[Outcome]]]:
@@ -225,14 +242,15 @@ def _unwarned() -> Iterator[None]:
         yield
 
 
-def _pool(jobs: int, gpus: tuple[str, ...]) -> Any:
+def _pool(jobs: int, gpus: tuple[str, ...], *, in_order: bool = False) -> Any:
     from joblib import Parallel
 
+    _started[:] = [True]
     return Parallel(
         # One process would be this one: loky needs two to give isolation.
         n_jobs=max(2, jobs),
         backend="loky",
-        return_as="generator_unordered",
+        return_as="generator" if in_order else "generator_unordered",
         pre_dispatch=jobs,
         batch_size=1,
         initializer=_belong_to,

@@ -22,9 +22,10 @@ from trace_offline.core.hashing import canonical_json, digest
 from trace_offline.core.types import AnalysisStatus, Array, Checkpoint, Measurement, Outcome
 from trace_offline.engine.board import Board, reporter
 from trace_offline.engine.executors import run_alone
+from trace_offline.engine.fit import evaluation_set
 from trace_offline.engine.unit import AnalysisRequest, Wanted, WorkSettings, analysis_id, model_fingerprint
 from trace_offline.engine.watchdog import COMPARING
-from trace_offline.engine.worker import ended, evaluation_set, library_versions, limit_threads, reasons
+from trace_offline.engine.worker import ended, library_versions, limit_threads, reasons
 from trace_offline.store.rows import checkpoint_id
 
 _SUFFIX, _NOT_APPLICABLE = ".safetensors", ".not_applicable"

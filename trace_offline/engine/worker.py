@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trace_offline.core.errors import CheckpointError, EvaluationSetError, NotApplicable, TraceOfflineError
+from trace_offline.core.errors import CheckpointError, NotApplicable, TraceOfflineError
 from trace_offline.core.types import AnalysisStatus, Array, Artifact, Measurement, Outcome
 from trace_offline.engine.beside import in_two_lanes
 from trace_offline.engine.board import Reporter, reporter
 from trace_offline.engine.cache import UnitActivations
 from trace_offline.engine.devices import check_tf32, device_facts, has_gpu, open_device, resolve_device
 from trace_offline.engine.extracts import save_extract
+from trace_offline.engine.fit import check_tokenizer_of, check_vocabulary, evaluation_set
 from trace_offline.engine.progress import name_of
 from trace_offline.engine.shared_pass import collect, once_more
 from trace_offline.engine.unit import AnalysisRequest, Unit, file_stamps
@@ -106,17 +107,6 @@ def library_versions() -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
-@functools.lru_cache(maxsize=2)
-def evaluation_set(folder: str, expected_hash: str) -> Any:
-    """The evaluation set of the run, opened once per worker. Raises EvaluationSetError when it changed meanwhile."""
-    from trace_offline.evaluation.evaluation_set import EvaluationSet
-
-    loaded = EvaluationSet.load(Path(folder))
-    if loaded.hash != expected_hash:
-        raise EvaluationSetError(f"The evaluation set {folder} changed while the run was going on; start it again.")
-    return loaded
-
-
 @functools.cache
 def _model_cache() -> Any:
     from trace_offline.checkpoints.loading import ModelCache
@@ -147,7 +137,7 @@ def _measure_all(unit: Unit, jobs: list[_Job], device: str, versions: dict[str, 
             cache=_model_cache(),
         )
         _refuse_changed(unit)
-        _check_vocabulary(loaded, evaluation, unit.checkpoint.location)
+        check_vocabulary(loaded, evaluation, unit.checkpoint.location)
         return loaded
 
     activations = UnitActivations.of(unit, device)
@@ -351,19 +341,6 @@ def _stamp(job: _Job, versions: dict[str, str], device: str) -> Outcome:
     )
 
 
-def check_tokenizer_of(unit: Unit, evaluation: Any) -> None:
-    """Refuse a checkpoint whose tokenizer gives other ids than the evaluation set's, naming both."""
-    from trace_offline.checkpoints.tokenizer import tokenizer_folder, tokenizer_hash
-    from trace_offline.evaluation.evaluation_set import check_tokenizer
-
-    if evaluation.tokenizer_hash is None:
-        return
-    folder = tokenizer_folder(unit.checkpoint, unit.settings.tokenizer)
-    if folder is None:
-        return
-    check_tokenizer(evaluation, tokenizer_hash(Path(folder)), str(folder))
-
-
 def _heldout(unit: Unit, model: Any) -> Any:
     """The second evaluation set, checked against this checkpoint; None when the run has none."""
     settings = unit.settings
@@ -371,28 +348,5 @@ def _heldout(unit: Unit, model: Any) -> Any:
         return None
     heldout = evaluation_set(settings.heldout_set, settings.heldout_hash)
     check_tokenizer_of(unit, heldout)
-    _check_vocabulary(model, heldout, unit.checkpoint.location)
+    check_vocabulary(model, heldout, unit.checkpoint.location)
     return heldout.originals()
-
-
-def _check_vocabulary(model: Any, evaluation: Any, location: str) -> None:
-    """Ids beyond the embedding table would end in an index error deep inside the model."""
-    getter = getattr(model.module, "get_input_embeddings", None)
-    table = getter() if callable(getter) else None
-    rows = getattr(table, "num_embeddings", None)
-    largest = _largest_id(str(evaluation.folder), evaluation.hash)
-    if rows is not None and largest >= rows:
-        raise EvaluationSetError(
-            f'The evaluation set "{evaluation.name}" contains token id {largest}, but the embedding of the checkpoint '
-            f"{location} has only {rows} rows: they belong to different tokenizers."
-        )
-
-
-@functools.lru_cache(maxsize=2)
-def _largest_id(folder: str, expected_hash: str) -> int:
-    evaluation = evaluation_set(folder, expected_hash)
-    block = 1024
-    return max(
-        int(evaluation.tokens(start, min(start + block, evaluation.n_examples)).input_ids.max())
-        for start in range(0, evaluation.n_examples, block)
-    )
