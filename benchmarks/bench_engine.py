@@ -11,6 +11,7 @@ plain processes that share nothing, which is what the machine can give.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import statistics
@@ -23,6 +24,7 @@ from pathlib import Path
 from common import alternating, load, median_seconds, result, save, versions
 
 from trace_offline import analyze, discover
+from trace_offline.checkpoints.discover import select
 from trace_offline.core.types import Checkpoint
 
 DATA = Path(__file__).parents[1] / "data"
@@ -160,8 +162,10 @@ def twice(folder: Path) -> Path:
     for item in discover(str(SERIES)):
         place = Path(item.location)
         shutil.copytree(place, folder / "twice" / place.name)
-        later = folder / "twice" / f"step{10_000 + (item.step or 0)}"
+        step = 10_000 + (item.step or 0)
+        later = folder / "twice" / f"step{step}"
         shutil.copytree(place, later)
+        (later / "trace_offline.json").write_text(json.dumps({"format_version": 1, "step": step}))
         generator = torch.Generator().manual_seed(item.step or 0)
         weights = load_file(later / "model.safetensors")
         noisy = {name: each + 1e-3 * torch.randn(each.shape, generator=generator) for name, each in weights.items()}
@@ -212,7 +216,8 @@ def workers() -> list[dict[str, object]]:
         }  # fmt: skip
         seconds = alternating(bodies, repeats=1, warmup=0)
         two, one, both = (statistics.median(seconds[which]) for which in bodies)
-        count = len(discover(str(series)))
+        count = len(select(discover(str(series))))
+    assert count == 2 * len(discover(str(SERIES)))
     return [
         result(
             f"two workers: {len(FOUR)} analyzers on {count} checkpoints (the shipped series twice), whole command", two,
