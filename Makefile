@@ -21,8 +21,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/trace-offline demo --store demo.duckdb
 
+# Two processes, one file of tests at a time each: the suite is made for two cores.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The peers that slow tests and benchmarks compare with, the names of the extra `benchmark`; without their own needs,
 # which would bring other versions of torch and NumPy. They are installed once, again when the names change.

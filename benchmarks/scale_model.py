@@ -164,8 +164,9 @@ CANDIDATES, CANDIDATE_BYTES = 28, 40
 
 LAYER_CALLS = 40
 ITERATION_CALLS = 150
-LOAD_BYTES = 5
-"""Float32 copies of the weights moved: widened, copied into the network, checked for numbers that are none."""
+LOAD_BYTES = 2.5
+"""Float32 copies of the weights moved: widened into the memory of the kept network (read half, write one), and read
+once more in search of numbers that are none."""
 
 PRODUCT_GRADIENTS = 2.0
 """A Hessian-vector product costs two gradients in theory (Pearlmutter 1994); 2.1 were measured."""

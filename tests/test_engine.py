@@ -296,6 +296,7 @@ def kill_and_resume(series: SmallSeries, folder: Path, after_lines: int) -> Path
     return store
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="kills a Unix process group")
 def test_a_killed_run_resumes_and_equals_an_uninterrupted_one(small_series: SmallSeries, tmp_path: Path) -> None:
     whole = tmp_path / "whole.duckdb"

@@ -75,10 +75,10 @@ def test_one_unit_ahead_and_no_further(tmp_path: Path) -> None:
     units = one_ahead([Unit(item, (), SETTINGS) for item in items])
     assert next(units).checkpoint is items[0]
     until = time.monotonic() + 60
-    while in_memory(Path(items[1].location)) < 1.0 and time.monotonic() < until:
+    while in_memory(Path(items[1].location)) < 0.9 and time.monotonic() < until:
         time.sleep(0.02)
     held = [in_memory(Path(item.location)) for item in items]
-    assert held[1] == 1.0
+    assert held[1] >= 0.9  # a system short of memory takes some of it back
     assert held[0] < 0.05
     assert held[2] < 0.05
     assert [unit.checkpoint for unit in units] == items[1:]
