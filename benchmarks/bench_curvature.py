@@ -1,9 +1,9 @@
 """Curvature beside curvlinops and PyHessian: the price of a product, how many of them, and a whole analysis.
 
-    python benchmarks/bench_curvature.py            everything, about twelve minutes
+    python benchmarks/bench_curvature.py            everything, about eight minutes
     python benchmarks/bench_curvature.py product    one product over one gradient
     python benchmarks/bench_curvature.py task       eigenvalues, trace and density of a trained network
-    python benchmarks/bench_curvature.py prepare    only the network and the reference of the latter
+    python benchmarks/bench_curvature.py prepare    only the network and the reference of the latter, kept for it
 
 *Product.* GPT-NeoX shape with random weights, 6 layers, d = 512, vocabulary 8,192, 8 rows of 128 tokens, eager
 attention; unit: one gradient of PyTorch's own cross-entropy. In theory a product costs two of its own kind; ours has a
@@ -30,6 +30,7 @@ wrapped so that it takes token ids and returns logits, one row for each target. 
 from __future__ import annotations
 
 import contextlib
+import shutil
 import statistics
 import sys
 import tempfile
@@ -364,7 +365,7 @@ class Task:
         }  # fmt: skip
 
 
-def task(rounds: int = 2) -> list[dict[str, Any]]:
+def task(rounds: int = 1) -> list[dict[str, Any]]:
     """Ten eigenvalues, trace and density: products, errors and time of each, in turn."""
     task = Task()
     if not hasattr(torch, "eig"):
@@ -430,6 +431,7 @@ def main() -> int:
     rows = product() if asked != ["task"] else [row for row in before if row["case"].startswith("one product")]
     rows += task() if asked != ["product"] else [row for row in before if not row["case"].startswith("one product")]
     save("curvature", rows)
+    shutil.rmtree(CACHE, ignore_errors=True)
     return 0
 
 

@@ -352,10 +352,15 @@ def prediction_tables() -> str:
     for row in (row for row in rows if "gpus" in row):
         hours = [row[name] / 3600 for name in ("compute", "with_hessian", "reading")]
         lines.append(f"| {row['case']} | " + " | ".join(f"{value:.3g}" for value in hours) + " |")
-    written = [row for row in rows if row.get("workers_to_saturate")]
-    if written:
-        lines += ["", "| network | numbers | writing, ms | GPUs that keep the writer busy |", "|---|---|---|---|"]
-    for row in written:
+    return "\n".join(lines)
+
+
+def saturation_table() -> str:
+    """How many GPUs keep the single writer busy, for each network."""
+    lines = ["| network | numbers | writing, ms | GPUs that keep the writer busy |", "|---|---|---|---|"]
+    for row in load("scale_prediction"):
+        if not row.get("workers_to_saturate"):
+            continue
         milliseconds = 1e3 * row["write_seconds"]
         lines.append(
             f"| {row['case']} | {row['numbers']:.0f} | {milliseconds:.3g} | {row['workers_to_saturate']:.3g} |"
@@ -375,7 +380,7 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="print the tables of docs/scale.md")
     asked = parser.parse_args()
     if asked.table:
-        print(table(), prediction_tables(), sep="\n\n")
+        print(table(), prediction_tables(), saturation_table(), sep="\n\n")
         return 0
     parts = asked.parts or [*PARTS, "predict"]
     with tempfile.TemporaryDirectory() as temporary:

