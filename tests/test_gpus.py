@@ -102,9 +102,11 @@ def test_a_device_that_is_not_there_is_refused(asked: str, text: str, monkeypatc
 def test_a_worker_for_each_gpu_and_the_cores_shared_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(options, "cores", lambda: 16)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert options.choose_jobs(None, 4, 10**9) == (4, 4)
-    assert options.choose_jobs(None, 1, 10**9) == (1, 16)
-    assert options.choose_jobs(8, 4, 10**9) == (8, 2)
+    # workers × two lanes × threads = cores
+    assert options.choose_jobs(None, 4, 10**9) == (4, 2)
+    assert options.choose_jobs(None, 1, 10**9) == (1, 8)
+    assert options.choose_jobs(8, 4, 10**9) == (8, 1)
+    assert options.choose_jobs(8, 0, 10**9) == (8, 2)  # one lane without GPUs
 
 
 def unit(number: int, folder: Path, workers: int) -> Unit:

@@ -141,7 +141,8 @@ def test_gpu_benchmark_runs_without_a_gpu(
     assert 0 <= run["idle_share"] < 1
     assert loaded["bytes"] == 4 * loaded["parameters"]
     assert passed["flops"] == model.pass_flops(bench.TINY, 64, 16, head=True)
-    assert product["over_gradient"] > 0
+    # the quotient of two timings as they came, not a bound on it: a busy machine could break that
+    assert product["over_gradient"] == pytest.approx(2 * product["ours"] / product["floor"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.main([]) == 0
     assert "no CUDA device here" in capsys.readouterr().err

@@ -176,7 +176,8 @@ def choose_jobs(asked: int | None, gpus: int, largest_bytes: int) -> tuple[int, 
     """(worker processes, threads of each). One process for each of ``gpus``, where there are any.
 
     Depends on the machine and the models only, never on how much work is left: the number of threads can change the
-    last digit of a sum, and a resumed run must give what an uninterrupted one gives.
+    last digit of a sum, and a resumed run must give what an uninterrupted one gives. A worker with a GPU has two lanes
+    (``engine.beside``), each with so many threads, whether or not both have work.
     """
     available = cores()
     if asked is not None:
@@ -188,7 +189,8 @@ def choose_jobs(asked: int | None, gpus: int, largest_bytes: int) -> tuple[int, 
         # libraries themselves.
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         jobs = max(1, min(available, int(0.6 * memory / (8 * largest_bytes + 1.5e9))))
-    return jobs, max(1, min(available // jobs, _asked_threads() or available))
+    lanes = 2 if gpus else 1
+    return jobs, max(1, min(available // (jobs * lanes), _asked_threads() or available))
 
 
 def _asked_threads() -> int | None:
