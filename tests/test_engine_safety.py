@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -355,3 +356,26 @@ def test_workers_that_were_started_early_end_with_what_stops_the_planning(
     assert not (tmp_path / "s.duckdb").exists()
     monkeypatch.setattr(verb.Writer, "open", plain)
     assert analyze(small_series.run, small_series.evaluation, tmp_path / "s.duckdb", **more).exit_code == 0
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_another_tokenizer_is_said_before_anything_is_made(tmp_path: Path, jobs: str) -> None:
+    """With several workers one of them finds it out; the user reads the same."""
+    data = Path(__file__).parents[1] / "data"
+    shutil.copytree(data / "tiny_series" / "step0", tmp_path / "run" / "step0")
+    tokenizer = tmp_path / "run" / "step0" / "tokenizer.json"
+    content = json.loads(tokenizer.read_text())
+    vocabulary = content["model"]["vocab"]
+    one, other = sorted(vocabulary)[-2:]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    tokenizer.write_text(json.dumps(content))
+    order = [
+        *(sys.executable, "-m", "trace_offline.cli.main", "analyze", str(tmp_path / "run"), "--jobs", jobs),
+        *("--evaluation-set", str(data / "tiny_evaluation"), "--store", str(tmp_path / "s.duckdb")),
+    ]
+    done = subprocess.run(order, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "was made with the tokenizer" in done.stderr
+    assert "The same token ids would mean other words" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
