@@ -98,6 +98,23 @@ def test_all_executors_give_identical_rows(small_series: SmallSeries, tmp_path: 
     assert tables["dask"].equals(tables["inline"])
 
 
+def threads_of(work: Unit) -> list[Outcome]:
+    return [Outcome(request.analysis_id, AnalysisStatus.OK, str(work.settings.threads)) for request in work.requests]
+
+
+@pytest.mark.slow
+def test_a_unit_has_the_threads_of_its_worker_and_the_run_is_told_how_many_there_are() -> None:
+    from trace_offline.engine.cluster import run_dask
+
+    told: list[int] = []
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=3, processes=False, dashboard_address=None
+    ) as cluster:
+        ended = list(run_dask(iter([unit(0, ("loss",))]), threads_of, cluster.scheduler_address, None, told.append))
+    assert [[outcome.message for outcome in outcomes] for _, outcomes in ended] == [["3"]]
+    assert set(told) == {1}
+
+
 def test_no_scheduler_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     from trace_offline.engine import cluster
 

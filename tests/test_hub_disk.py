@@ -195,6 +195,38 @@ def test_no_more_than_jobs_in_use_and_one_ahead(server: Hub, tmp_path: Path) -> 
     assert cached() == []
 
 
+def test_the_number_of_workers_bounds_what_is_ahead_while_they_come_and_go(server: Hub, tmp_path: Path) -> None:
+    """An executor that takes all it can get (Dask) gets one more than it has workers."""
+    desk = Desk(tmp_path, remove=True, jobs=4)
+
+    def taken() -> list[Checkpoint]:
+        """All that come within half a second after the last."""
+        found, last = [], time.monotonic()
+        while time.monotonic() - last < 0.5:
+            if (item := next(arrivals)) is None:
+                time.sleep(0.005)
+            else:
+                desk.downloads.use(item, ["a", "b"])
+                found.append(item)
+                last = time.monotonic()
+        return found
+
+    arrivals = desk.downloads.arrivals()
+    desk.downloads.staffed(1)
+    held = taken()
+    assert len(held) == 2
+    desk.downloads.staffed(2)
+    held += taken()
+    assert len(held) == 3
+    desk.downloads.staffed(1)
+    desk.done(held.pop(0))
+    assert taken() == []
+    desk.done(held.pop(0))
+    held += taken()
+    assert len(held) == 2
+    desk.downloads.close()
+
+
 @pytest.mark.parametrize(("limit", "most"), [("450kB", 2), ("220kB", 1)])
 def test_the_limit_holds_at_every_moment(server: Hub, tmp_path: Path, limit: str, most: int) -> None:
     server.portion, server.pause = 40_000, 0.002

@@ -183,9 +183,9 @@ def test_layers_on_the_same_words_share_their_products() -> None:
     designs: list[int] = []
     real = _probe_fit.LogisticProblems
 
-    def counted(features: Any, problems: Any) -> Any:
+    def counted(features: Any, *given: Any, **options: Any) -> Any:
         designs.append(len(features))
-        return real(features, problems)
+        return real(features, *given, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_probe_fit, "LogisticProblems", counted)

@@ -86,3 +86,49 @@ def test_the_optimum_does_not_depend_on_it(penalty: float) -> None:
             assert abs(p.double() - torch.from_numpy(model.predict_proba(x.double()))).max() < 1e-2
     warm = ready.solve(penalty, fit, tolerance=1e-5)
     assert int(warm.iterations.max()) < int(fit.iterations.max())
+
+
+@pytest.mark.parametrize("classes", [CLASSES, 2 * CLASSES])
+def test_directions_of_other_rows_serve_again_and_change_no_optimum(classes: int) -> None:
+    """Rows as they are, and turned: between two halves that differ the fit is that of the half itself."""
+    x = cloud(rows=2 * ROWS, spread=10.0)
+    known = design_of(x[:ROWS] * 1.3, torch.float32, classes).directions
+    here = x[ROWS:]
+    again = design_of(here, torch.float32, classes, known)
+    assert again.basis is known.basis
+    assert again.turned == (classes > CLASSES)
+    y = labels(here)
+    problems = [Problem(0, y, CLASSES)] * (classes // CLASSES)
+    fit = LogisticProblems([here], problems, like=[known]).solve(1e-3, tolerance=1e-5)
+    exact = LogisticProblems([here], problems, torch.float64).solve(1e-3, tolerance=1e-8)
+    assert bool(fit.converged.all())
+    assert float(fit.objective[0]) == pytest.approx(float(exact.objective[0]), rel=2e-5)
+    torch.testing.assert_close(fit.weights[0].double(), exact.weights[0], atol=2e-2, rtol=0)
+
+
+def test_directions_that_leave_something_out_are_found_again() -> None:
+    x = cloud(rows=2 * WIDTH)
+    known = design_of(x[: WIDTH - 20], torch.float32, CLASSES).directions
+    assert known.basis.shape[1] < WIDTH
+    assert design_of(x, torch.float32, CLASSES, known).basis.shape == (WIDTH, WIDTH)
+    narrow = design_of(x[:, :20], torch.float32, CLASSES).directions
+    assert design_of(x[:, :20], torch.float32, CLASSES, narrow).basis is not narrow.basis
+
+
+@pytest.mark.parametrize("spread", [10.0, 90.0, 110.0, 1e4])
+def test_rows_are_turned_in_float32_where_variances_are_even(spread: float) -> None:
+    """The limit is a ratio of variances of 1e4: standard deviations a hundred apart."""
+    x = cloud(rows=20 * WIDTH, spread=spread) - 2.0
+    gram = (x.T @ x).double() / len(x)
+    values = torch.linalg.eigvalsh(gram)
+    ratio = float(values[-1] / values[0])
+    for condition in (0.5 * ratio, 0.9 * ratio, 1.2 * ratio, 2.0 * ratio):
+        assert rotation._within(gram, condition) == (condition > ratio)
+    assert not rotation._within(torch.zeros(4, 4, dtype=torch.float64), 1e9)
+    assert not rotation._within(torch.diag(torch.tensor([1.0, 1.0, -1e-3], dtype=torch.float64)), 1e9)
+    found = design_of(x, torch.float32, 100)
+    assert found.turned
+    exact = (x.double() - found.mean) @ found.basis
+    error = (found.data[:-1].double() - exact.T).square().mean(1).sqrt() / found.spectrum[:-1].sqrt()
+    assert float(error.max()) < 1e-4
+    torch.testing.assert_close(found.spectrum[:-1], exact.square().mean(0), rtol=1e-4, atol=0)

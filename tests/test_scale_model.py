@@ -111,7 +111,7 @@ def test_the_writer_is_busy_when_as_many_workers_bring_as_much_as_it_can_take() 
 
 def test_the_tables_of_the_page_are_made_from_the_results() -> None:
     page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
-    bench = benchmark("bench_scale")
+    bench = benchmark("scale_tables")
     assert bench.table() in page, "python benchmarks/bench_scale.py --table"
     assert bench.prediction_tables() in page, "python benchmarks/bench_scale.py --table"
     assert bench.saturation_table() in page, "python benchmarks/bench_scale.py --table"

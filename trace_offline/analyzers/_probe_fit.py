@@ -198,15 +198,18 @@ def _fit_linear(batch: _Batch) -> Iterator[Fitted]:
     options = batch.options
     features, problems = batch.on(Part.TRAIN)
     held, held_problems = batch.on(Part.VALIDATION)
+    training = LogisticProblems(features, problems)
     chosen, _ = fit_path(
-        LogisticProblems(features, problems),
+        training,
         held,
         [problem.labels for problem in held_problems],
         options.penalties,
         tolerance=PATH_TOLERANCE * options.tolerance,
         max_iterations=options.max_iterations,
     )
-    fit = LogisticProblems(*batch.on(Part.TRAIN, Part.VALIDATION)).solve(
+    known = training.directions
+    del training, features, held
+    fit = LogisticProblems(*batch.on(Part.TRAIN, Part.VALIDATION), like=known).solve(
         chosen.penalty, chosen, options.tolerance, options.max_iterations
     )
     sizes = [len(problems[number].labels) for number in batch.coded]

@@ -59,11 +59,17 @@ class _Events:
 
 
 def run_on_worker(body: Callable[[Unit], list[Outcome]], unit: Unit, run: str) -> list[Outcome]:
-    """The task of one future; the scheduler tries it again when its worker dies, which repeats nothing finished."""
+    """The task of one future; the scheduler tries it again when its worker dies, which repeats nothing finished.
+
+    It computes with the threads that the worker was given (``--nthreads``): nobody else knows its machine.
+    """
+    from distributed import get_worker
+
     finished = _kept(unit)
     left = _without(unit, finished)
     if left is None:
         return finished
+    left = dataclasses.replace(left, settings=dataclasses.replace(left.settings, threads=get_worker().state.nthreads))
     with _ONE_AT_A_TIME, worker.reporting(_Events(run, unit)):
         return finished + body(left)
 
@@ -81,9 +87,13 @@ def _without(unit: Unit, finished: list[Outcome]) -> Unit | None:
 
 
 def run_dask(
-    units: Iterator[Unit | Wait], body: Callable[[Unit], list[Outcome]], address: str | None, timeout: float | None
+    units: Iterator[Unit | Wait],
+    body: Callable[[Unit], list[Outcome]],
+    address: str | None,
+    timeout: float | None,
+    staffed: Callable[[int], None] = lambda workers: None,
 ) -> Iterator[tuple[Unit, list[Outcome]]]:
-    """Units over the workers of a scheduler, yielded as they finish.
+    """Units over the workers of a scheduler, yielded as they finish. ``staffed`` is told how many workers there are.
 
     When a unit kills its worker as often as the scheduler allows (``distributed.scheduler.allowed-failures``), what it
     had finished is taken from the board, and what it was at runs again, each analysis alone: the last words of a dying
@@ -104,7 +114,7 @@ def run_dask(
             "the address it prints."
         ) from error
     with client:
-        yield from _Cluster(client, units, body, timeout).run()
+        yield from _Cluster(client, units, body, timeout, staffed).run()
 
 
 @dataclass
@@ -121,6 +131,7 @@ class _Cluster:
     source: Iterator[Unit | Wait]
     body: Callable[[Unit], list[Outcome]]
     timeout: float | None
+    staffed: Callable[[int], None]
     futures: dict[Any, Unit] = field(default_factory=dict)
     again: deque[Unit] = field(default_factory=deque)
     doing: dict[str, _Doing] = field(default_factory=dict)
@@ -152,8 +163,9 @@ class _Cluster:
 
     def _feed(self, run: str) -> bool:
         """Keep two units for every worker under way; False when nothing is left."""
-        room = 2 * max(1, len(self.client.scheduler_info(n_workers=-1)["workers"])) - len(self.futures)
-        for _ in range(room):
+        workers = max(1, len(self.client.scheduler_info(n_workers=-1)["workers"]))
+        self.staffed(workers)
+        for _ in range(2 * workers - len(self.futures)):
             unit = self.again.popleft() if self.again else next(self.source, None)
             if unit is None:
                 break

@@ -56,7 +56,7 @@ class Downloads:
         lost: Callable[[Checkpoint, str], None],
         note: Callable[[str], None],
         board: Board,
-        jobs: int | None = None,
+        jobs: int,
     ) -> None:
         self.items, self.rules, self.jobs = items, rules, jobs
         self.lost, self.note, self.board = lost, note, board
@@ -111,6 +111,12 @@ class Downloads:
             if got is None:
                 self._tell_waiting()
             yield got
+
+    def staffed(self, jobs: int) -> None:
+        """So many workers there are now: with Dask they come and go."""
+        with self._changed:
+            self.jobs = jobs
+            self._changed.notify_all()
 
     def use(self, checkpoint: Checkpoint, analyses: Iterable[str]) -> None:
         """These analyses need the revision until they are stored."""
@@ -207,7 +213,7 @@ class Downloads:
         return True
 
     def _may_begin(self) -> bool:
-        return self.jobs is None or len(self._claims) <= self.jobs
+        return len(self._claims) <= self.jobs
 
     def _get(self, item: Checkpoint) -> Checkpoint | TraceOfflineError:
         from trace_offline.checkpoints.fingerprint import with_fingerprint

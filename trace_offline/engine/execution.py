@@ -46,14 +46,16 @@ class Workforce:
     scheduler: str | None = None
     gpus: tuple[str, ...] = ()
 
-    def run(self, units: Iterator[Unit | Wait], body: Callable[[Unit], list[Outcome]]) -> Iterator[Finished]:
-        """Units as they finish."""
+    def run(
+        self, units: Iterator[Unit | Wait], body: Callable[[Unit], list[Outcome]], staffed: Callable[[int], None]
+    ) -> Iterator[Finished]:
+        """Units as they finish. ``staffed`` is told the number of workers where that is not ``jobs``."""
         if self.executor == "inline":
             return run_inline(units, body)
         if self.executor == "dask":
             from trace_offline.engine.cluster import run_dask
 
-            return run_dask(units, body, self.scheduler, self.timeout)
+            return run_dask(units, body, self.scheduler, self.timeout, staffed)
         return run_joblib(units, body, self.jobs, self.board, self.timeout, self.gpus)
 
 
@@ -172,7 +174,7 @@ class Execution:
             lost=lambda item, reason: gone.append((item, reason)),
             note=self.progress.note,
             board=self.workers.board,
-            jobs=None if self.workers.executor == "dask" else self.workers.jobs,
+            jobs=self.workers.jobs,
         )
         if todo == 0:
             downloads.close()
@@ -282,7 +284,11 @@ class Execution:
                     downloads.use(item, (request.analysis_id for request in unit.requests))
                     yield unit
 
-        for unit, outcomes in self.workers.run(all_units(), run_unit):
+        def staffed(workers: int) -> None:
+            downloads.staffed(workers)
+            self.costs.jobs = workers
+
+        for unit, outcomes in self.workers.run(all_units(), run_unit, staffed):
             self._welcome()
             self._store(unit, outcomes)
             downloads.stored(unit.checkpoint, (outcome.analysis_id for outcome in outcomes))

@@ -170,8 +170,23 @@ def _named(body: Callable[[T], list[Outcome]], task: T) -> tuple[str, list[Outco
     return "", body(task)
 
 
-_early: list[Generator[Any, None, None]] = []
-"""What workers that were started early are at; the next pool has the same workers."""
+@dataclass
+class _Kept:
+    """The worker processes that joblib keeps for this process, from one pool to the next.
+
+    ``early``: what they are at since before there was work for them.
+    """
+
+    started: bool = False
+    early: Generator[Any, None, None] | None = None
+
+    def take_early(self) -> Generator[Any, None, None] | None:
+        """Once."""
+        early, self.early = self.early, None
+        return early
+
+
+_kept = _Kept()
 
 
 @contextmanager
@@ -184,15 +199,15 @@ def started_early(jobs: int, gpus: tuple[str, ...], first: Callable[[], None]) -
     from joblib import delayed
 
     tasks = (delayed(_import)(first if number == 0 else None) for number in range(jobs))
-    _early.append(_pool(jobs, gpus, in_order=True)(tasks))
+    _kept.early = results = _pool(jobs, gpus, in_order=True)(tasks)
     try:
         with suppress(BrokenProcessPool):  # one that dies at its start is replaced with the pool
-            next(_early[-1])
+            next(results)
         yield
     finally:
-        while _early:  # nobody came to use them
+        if _kept.take_early() is not None:  # nobody came to use them
             with _unwarned():
-                _early.pop().close()
+                results.close()
             end_workers()
 
 
@@ -212,19 +227,15 @@ def end_workers() -> None:
     """Kill the workers of this process, which have nothing to do any more: to let them tidy up would take seconds."""
     from joblib.externals.loky import get_reusable_executor
 
-    if _started:
-        _started.clear()
+    if _kept.started:
+        _kept.started = False
         get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
 
 
-_started: list[bool] = []
-
-
 def _wait_for_early() -> None:
-    while _early:
-        with suppress(BrokenProcessPool):
-            for _ in _early.pop():
-                pass
+    with suppress(BrokenProcessPool):
+        for _ in _kept.take_early() or ():
+            pass
 
 
 def _parallel(tasks: Iterator[Any], jobs: int, gpus: tuple[str, ...] = ()) -> Iterator[tuple[str, list[Outcome]]]:
@@ -245,7 +256,7 @@ def _unwarned() -> Iterator[None]:
 def _pool(jobs: int, gpus: tuple[str, ...], *, in_order: bool = False) -> Any:
     from joblib import Parallel
 
-    _started[:] = [True]
+    _kept.started = True
     return Parallel(
         # One process would be this one: loky needs two to give isolation.
         n_jobs=max(2, jobs),

@@ -192,7 +192,7 @@ def _measure_all(unit: Unit, jobs: list[_Job], device: str, versions: dict[str, 
     def tell(job: _Job, others: Sequence[_Job]) -> None:
         report.tell(key, place, job.request.analyzer, (item.request.analysis_id for item in (job, *others)))
 
-    # First those that only sum up: what they gathered is gone before the others take their memory.
+    # First what needs no device: what those gathered, often only sums, is gone before the others take their memory.
     todo = sorted((job for job in jobs if job.outcome is None), key=lambda job: not type(job.analyzer).on_host)
     beside = [job for job in todo if has_gpu(device) and type(job.analyzer).on_host]
     in_two_lanes(

@@ -128,10 +128,11 @@ class _Memory:
         use = good.to(step.dtype)[:, None]
         step, change, mapped = step * use, change * use, mapped * use
         self.steps[:, slot], self.changes[:, slot], self.mapped[:, slot] = step, change, mapped
-        self.step_change[:, slot] = (self.changes @ step[..., None])[..., 0]
-        self.step_change[:, :, slot] = (self.steps @ change[..., None])[..., 0]
-        row = (self.mapped @ change[..., None])[..., 0]
-        self.change_mapped[:, slot] = self.change_mapped[:, :, slot] = row
+        used = len(self.order)
+        self.step_change[:, slot, :used] = (self.changes[:, :used] @ step[..., None])[..., 0]
+        self.step_change[:, :used, slot] = (self.steps[:, :used] @ change[..., None])[..., 0]
+        row = (self.mapped[:, :used] @ change[..., None])[..., 0]
+        self.change_mapped[:, slot, :used] = self.change_mapped[:, :used, slot] = row
         scaled = product / row[:, slot].clamp_min(1e-300)
         self.gamma = torch.where(good, scaled.clamp(1e-3, 1e3), 1.0)
 
@@ -144,24 +145,27 @@ class _Memory:
     def multiply(self, gradient: Tensor, mapped: Tensor) -> Tensor:
         """The learned inverse Hessian times ``gradient [A, K·R]``; ``mapped`` is H₀ times the same."""
         base = self.gamma[:, None] * mapped
-        if not self.order:
+        used = len(self.order)
+        if not used:
             return base
+        # Slots are taken in order, so the first ``used`` are those that hold something.
+        steps, changes, mapped_changes = self.steps[:, :used], self.changes[:, :used], self.mapped[:, :used]
         order = torch.tensor(self.order, device=gradient.device)
         small = self.step_change[:, order][:, :, order]
         curvature = small.diagonal(dim1=1, dim2=2).clone()
         upper = small.triu()
         upper.diagonal(dim1=1, dim2=2).add_((curvature == 0).to(upper.dtype))
-        along = (self.steps @ gradient[..., None])[:, order]
-        across = self.gamma[:, None, None] * (self.changes @ mapped[..., None])[:, order]
+        along = (steps @ gradient[..., None])[:, order]
+        across = self.gamma[:, None, None] * (changes @ mapped[..., None])[:, order]
         inner = torch.linalg.solve_triangular(upper, along, upper=True)
         middle = curvature[..., None] * inner + self.gamma[:, None, None] * (
             self.change_mapped[:, order][:, :, order] @ inner
         )
         outer = torch.linalg.solve_triangular(upper.transpose(1, 2), middle - across, upper=False)
-        weights_s, weights_y = torch.zeros_like(self.steps[..., :1]), torch.zeros_like(self.steps[..., :1])
+        weights_s, weights_y = torch.zeros_like(steps[..., :1]), torch.zeros_like(steps[..., :1])
         weights_s[:, order], weights_y[:, order] = outer, inner
-        out = base + (self.steps.transpose(1, 2) @ weights_s)[..., 0]
-        return out - self.gamma[:, None] * (self.mapped.transpose(1, 2) @ weights_y)[..., 0]
+        out = base + (steps.transpose(1, 2) @ weights_s)[..., 0]
+        return out - self.gamma[:, None] * (mapped_changes.transpose(1, 2) @ weights_y)[..., 0]
 
 
 @dataclass

@@ -26,13 +26,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from trace_offline.core.errors import UsageError
 from trace_offline.estimators.lbfgs import Minimisation, minimise
-from trace_offline.estimators.rotation import design_of
+from trace_offline.estimators.rotation import Directions, design_of
 from trace_offline.estimators.softmax_block import ABSENT, Problem, SoftmaxBlock, blocks_of
 
 __all__ = ["ABSENT", "LogisticFit", "LogisticProblems", "Problem", "fit_logistic", "fit_path"]
@@ -74,6 +75,7 @@ class LogisticProblems:
 
     ``features``: matrices ``[n, D]`` of any float dtype on one device. ``problems``: see ``Problem``. ``dtype`` of the
     wide products; parameters are always kept in float64. ``waste``: share of padded numbers that blocks may hold.
+    ``like``: ``directions`` of problems on other rows of the same feature matrices, which save finding them again.
     Memory beyond the input: about n·D numbers for each matrix and 5·n·K for each problem.
 
     Raises UsageError for no problem, fewer than two classes, no rows, labels out of range, features that are not
@@ -86,18 +88,27 @@ class LogisticProblems:
         problems: Sequence[Problem],
         dtype: torch.dtype = torch.float32,
         waste: float | None = None,
+        like: Sequence[Directions] | None = None,
     ) -> None:
         _check(features, problems)
         self.problems, self.dtype, self.device = tuple(problems), dtype, features[0].device
         classes = [0] * len(features)
         for problem in problems:
             classes[problem.design] += problem.n_classes
-        self.designs = [design_of(matrix, dtype, count) for matrix, count in zip(features, classes, strict=True)]
+        self.designs = [
+            design_of(matrix, dtype, count, known)
+            for matrix, count, known in zip(features, classes, like or repeat(None, len(features)), strict=True)
+        ]
         used = [self.designs[problem.design] for problem in problems]
         shapes = [(design.n, p.n_classes, design.size) for design, p in zip(used, problems, strict=True)]
         if waste is None:
             waste = WASTE if self.device.type == "cpu" else WASTE_DEVICE
         self.blocks = [SoftmaxBlock(self.designs, problems, places) for places in blocks_of(shapes, waste)]
+
+    @property
+    def directions(self) -> list[Directions]:
+        """In which each feature matrix is seen."""
+        return [design.directions for design in self.designs]
 
     def solve(
         self,
