@@ -3,7 +3,9 @@
 transformers opens and runs the network, scikit-learn fits the probes, scikit-dimension estimates dimensions, PyHessian
 the curvature. It is meant to be read as a script of a researcher in a hurry but not a careless one: features are
 standardised, penalties chosen on validation words from the same grid with warm starts, duplicates dropped before
-distances are taken, the same words, splits, control labels, points and sequences as trace-offline's defaults.
+distances are taken, the same words, splits, control labels, points and sequences as trace-offline's defaults. The
+network has all threads it is given; scikit-learn and scikit-dimension have one: with more their small products wait for
+each other, and the fits take many times as long.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch.nn import functional
 
 PENALTIES = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)
 BATCH = 64
 BINS = 15
+ONE_THREAD = ("probe", "intrinsic_dimension")
 
 
 @dataclass
@@ -242,7 +246,7 @@ def analyze(folders: Sequence[Path], data: Data) -> tuple[list[dict[str, Any]], 
             ("intrinsic_dimension", lambda: dimensions(hidden, data)),  # noqa: B023
             ("hessian", lambda: curvature(model, data)),  # noqa: B023
         ):
-            with clock(name):
+            with clock(name), threadpool_limits(1 if name in ONE_THREAD else None):
                 results[name] = part()
         found.append(results)
     return found, dict(clock.seconds)
