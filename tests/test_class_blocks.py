@@ -15,7 +15,7 @@ from trace_offline.estimators.class_blocks import (
     kronecker,
     rows_for,
 )
-from trace_offline.estimators.lbfgs import _MEMORY, _Memory
+from trace_offline.estimators.quasi_newton import MEMORY, Memory
 
 K, R, M = 3, 5, 400
 
@@ -126,20 +126,20 @@ def test_sizes_stay_within_bounds() -> None:
     assert int(rows.max()) < 10_000
 
 
-@pytest.mark.parametrize("pairs", [0, 1, 4, _MEMORY, _MEMORY + 3])
+@pytest.mark.parametrize("pairs", [0, 1, 4, MEMORY, MEMORY + 3])
 def test_compact_form_equals_the_two_loop_recursion(pairs: int) -> None:
     generator = torch.Generator().manual_seed(pairs)
     size = 12
     root = torch.randn(2, size, size, dtype=torch.float64, generator=generator)
     matrix = root @ root.transpose(1, 2) + torch.eye(size, dtype=torch.float64)
     h0 = torch.rand(2, size, dtype=torch.float64, generator=generator) + 0.5
-    memory = _Memory.empty(2, size, torch.device("cpu"))
+    memory = Memory.empty(2, size, torch.device("cpu"))
     kept: list[tuple[Tensor, Tensor]] = []
     for _ in range(pairs):
         step = torch.randn(2, size, dtype=torch.float64, generator=generator)
         change = (matrix @ step[..., None])[..., 0]
         memory.add(step, change, h0 * change)
-        kept = [*kept, (step, change)][-_MEMORY:]
+        kept = [*kept, (step, change)][-MEMORY:]
     gradient = torch.randn(2, size, dtype=torch.float64, generator=generator)
     found = memory.multiply(gradient, h0 * gradient)
     for a in range(2):
@@ -154,7 +154,7 @@ def test_compact_form_equals_the_two_loop_recursion(pairs: int) -> None:
 
 
 def test_pairs_without_curvature_are_refused() -> None:
-    memory = _Memory.empty(1, 4, torch.device("cpu"))
+    memory = Memory.empty(1, 4, torch.device("cpu"))
     ones = torch.ones(1, 4, dtype=torch.float64)
     memory.add(ones, -ones, -ones)
     torch.testing.assert_close(memory.multiply(ones, 2.0 * ones), 2.0 * ones)

@@ -30,7 +30,7 @@ def solve_grid(features: Tensor, labels: Tensor, classes: int, penalty: Any, **o
 
 
 def as_grid(fit: LogisticFit, layers: int) -> SimpleNamespace:
-    fields = {name: getattr(fit, name) for name in LogisticFit.__dataclass_fields__}
+    fields = {name: getattr(fit, name) for name in LogisticFit.__dataclass_fields__ if name != "learned"}
     stacked = {name: torch.stack(v) if isinstance(v, tuple) else v for name, v in fields.items()}
     return SimpleNamespace(**{name: v.view(layers, -1, *v.shape[1:]) for name, v in stacked.items()})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from trace_offline.analyzers.probe import ProbeAnalyzer
 from trace_offline.estimators import lbfgs
 from trace_offline.estimators.lbfgs import Minimisation
 from trace_offline.estimators.logistic import LogisticProblems, Problem, fit_logistic
+from trace_offline.estimators.quasi_newton import MEMORY
 from trace_offline.estimators.softmax_block import blocks_of
 
 WIDTH = 12
@@ -61,6 +63,65 @@ def test_a_list_of_unlike_problems_has_the_optima_of_each_alone(waste: float, dt
         model = LogisticRegression(C=strength, solver="newton-cg", tol=1e-9, max_iter=2000).fit(x.double().numpy(), y)
         p = fit.log_probabilities(x, place).exp()[:, y.unique()]
         np.testing.assert_allclose(p.numpy(), model.predict_proba(x.double().numpy()), atol=6e-3)
+
+
+@pytest.mark.parametrize("waste", [0.0, 1e9])
+def test_what_was_learned_at_one_penalty_serves_at_the_next(waste: float) -> None:
+    """The same optima, whatever is padded; nothing from elsewhere is taken for it."""
+    features, problems, penalty = ragged()
+    ready = LogisticProblems(features, problems, torch.float64, waste)
+    first = ready.solve(penalty * 30, tolerance=1e-4, exact=False, learn=True)
+    exact = ready.solve(penalty, tolerance=1e-8)
+    anew = ready.solve(penalty, replace(first, learned=()), 1e-4, exact=False)
+    after = ready.solve(penalty, first, 1e-4, exact=False)
+    for place in range(len(problems)):
+        assert float(after.objective[place]) == pytest.approx(float(exact.objective[place]), rel=1e-5)
+    assert not torch.equal(after.iterations, anew.iterations)
+    elsewhere = LogisticProblems([x * 1.0 for x in features], problems, torch.float64, waste)
+    assert torch.equal(elsewhere.solve(penalty, first, 1e-4, exact=False).iterations, anew.iterations)
+
+
+def test_a_path_takes_fewer_iterations_with_what_it_learned() -> None:
+    """Where the preconditioner is coarse: many features, hard labels."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1500, 200, generator=generator) * torch.linspace(2, 0.2, 200)
+    y = (x @ torch.randn(200, 8, generator=generator)).argmax(1)
+    ready = LogisticProblems([x], [Problem(0, y, 8)])
+    first = ready.solve(1e-2, tolerance=1e-2, exact=False, learn=True)
+    anew = ready.solve(1e-3, replace(first, learned=()), 1e-2, exact=False)
+    after = ready.solve(1e-3, first, 1e-2, exact=False)
+    assert int(after.iterations[0]) <= 0.75 * int(anew.iterations[0])
+    assert float(after.objective[0]) == pytest.approx(float(anew.objective[0]), rel=1e-3)
+
+
+def test_pairs_are_steps_and_changes_of_the_gradient() -> None:
+    """Their sums lead from the start to the end; at another penalty λ the gradient of its term changes by Δλ s."""
+    x, y = ragged()[0][1].double(), ragged()[1][1].labels
+    ready = LogisticProblems([x], [Problem(0, y, 6)], torch.float64)
+    fit = ready.solve(0.1, tolerance=1e-3, exact=False, learn=True)
+    assert 2 < int(fit.iterations[0]) <= MEMORY
+    learned, design = fit.learned[0], ready.designs[0]
+    assert learned is not None
+    end = torch.cat([fit.weights[0] @ design.basis, (fit.intercepts[0] + fit.weights[0] @ design.mean)[:, None]], 1)
+    start = torch.zeros_like(end)
+    start[:, -1] = torch.bincount(y, minlength=6).double().div(len(y)).log().clamp_min(-40)
+
+    def gradient(theta: Tensor) -> Tensor:
+        theta = theta.clone().requires_grad_()
+        nll = torch.nn.functional.cross_entropy((theta @ design.data).T, y)
+        found: Tensor = torch.autograd.grad(nll + 0.05 * theta[:, :-1].square().sum(), theta)[0]
+        return found
+
+    moved = (end - start)[:, :-1]
+    torch.testing.assert_close(learned.steps.sum(0)[:, :-1].double(), moved, rtol=1e-4, atol=1e-6)
+    changed = (gradient(end) - gradient(start))[:, :-1]
+    torch.testing.assert_close(learned.changes.sum(0)[:, :-1].double(), changed, rtol=1e-4, atol=1e-6)
+    block = ready.blocks[0]
+    block.penalty = torch.tensor([0.03], dtype=torch.float64)
+    there = ready._recalled(block, torch.tensor([0]), fit)
+    assert there is not None
+    torch.testing.assert_close(there.changes[0, ..., :-1], learned.changes[..., :-1] - 0.07 * learned.steps[..., :-1])
+    assert torch.equal(there.changes[0, ..., -1], learned.changes[..., -1])
 
 
 def test_leaving_out_and_starting_warm_in_a_padded_block() -> None:

@@ -94,7 +94,7 @@ def _pieces(requests: Sequence[Request], options: FitOptions) -> Iterator[list[R
     used = 0
     for request in requests:
         words, width, sets = len(request.prepared.label), request.matrix.shape[1], len(request.labels)
-        numbers = words * (4 * width + 6 * sets * request.classes) + 64 * sets * request.classes * width
+        numbers = words * (4 * width + 6 * sets * request.classes) + 104 * sets * request.classes * width
         if options.fractions is not None and request.code:
             numbers *= 3
         if piece and used + numbers > MEMORY_NUMBERS:

@@ -4,9 +4,7 @@ Every problem has its own step length, curvature memory and stopping; problems t
 logits are linear in the parameters, a trial step costs no product: Z(θ + t d) = Z(θ) + t Z(d). One iteration is thus
 one forward product (Z(d)) and one backward product (the gradient), whatever the line search does.
 
-References: J. Nocedal and S. Wright (2006), Numerical Optimization, 2nd ed., algorithms 3.1 and 7.4; R. Byrd,
-J. Nocedal and R. Schnabel (1994), Representations of quasi-Newton matrices, Math. Programming 63, theorem 2.2 (the
-compact form).
+Reference: J. Nocedal and S. Wright (2006), Numerical Optimization, 2nd ed., algorithms 3.1 and 7.4.
 """
 
 from __future__ import annotations
@@ -19,8 +17,8 @@ import torch
 from torch import Tensor
 
 from trace_offline.estimators.class_blocks import InverseHessian
+from trace_offline.estimators.quasi_newton import Memory, Pairs
 
-_MEMORY = 10
 _ARMIJO = 1e-4
 _TRIALS = 25
 _FLAT_ITERATIONS = 8
@@ -81,94 +79,6 @@ class Minimum:
 
 
 @dataclass
-class _Memory:
-    """Pairs s (step) and y (change of gradient) ``[A, m, K·R]``, H₀y likewise, and their products ``[A, m, m]``.
-
-    An unused or refused slot holds zeros, and drops out by itself. ``order``: slots from the oldest to the newest.
-    """
-
-    steps: Tensor
-    changes: Tensor
-    mapped: Tensor
-    step_change: Tensor
-    change_mapped: Tensor
-    gamma: Tensor
-    order: list[int]
-
-    @classmethod
-    def empty(cls, problems: int, size: int, device: torch.device) -> _Memory:
-        vectors = torch.zeros(3, problems, _MEMORY, size, dtype=torch.float64, device=device)
-        products = torch.zeros(2, problems, _MEMORY, _MEMORY, dtype=torch.float64, device=device)
-        ones = torch.ones(problems, dtype=torch.float64, device=device)
-        return cls(vectors[0], vectors[1], vectors[2], products[0], products[1], ones, [])
-
-    def keep(self, mask: Tensor) -> _Memory:
-        return _Memory(
-            self.steps[mask],
-            self.changes[mask],
-            self.mapped[mask],
-            self.step_change[mask],
-            self.change_mapped[mask],
-            self.gamma[mask],
-            self.order,
-        )
-
-    def forget(self, which: Tensor) -> None:
-        for part in (self.steps, self.changes, self.mapped, self.step_change, self.change_mapped):
-            part[which] = 0.0
-        self.gamma[which] = 1.0
-
-    def add(self, step: Tensor, change: Tensor, mapped: Tensor) -> None:
-        """Remember one pair ``[A, K·R]`` of every problem; pairs without positive curvature are refused."""
-        product = torch.linalg.vecdot(step, change)
-        floor = 1e-12 * torch.linalg.vector_norm(step, dim=1) * torch.linalg.vector_norm(change, dim=1)
-        good = product > floor
-        slot = self.order.pop(0) if len(self.order) == _MEMORY else len(self.order)
-        self.order.append(slot)
-        use = good.to(step.dtype)[:, None]
-        step, change, mapped = step * use, change * use, mapped * use
-        self.steps[:, slot], self.changes[:, slot], self.mapped[:, slot] = step, change, mapped
-        used = len(self.order)
-        self.step_change[:, slot, :used] = (self.changes[:, :used] @ step[..., None])[..., 0]
-        self.step_change[:, :used, slot] = (self.steps[:, :used] @ change[..., None])[..., 0]
-        row = (self.mapped[:, :used] @ change[..., None])[..., 0]
-        self.change_mapped[:, slot, :used] = self.change_mapped[:, :used, slot] = row
-        scaled = product / row[:, slot].clamp_min(1e-300)
-        self.gamma = torch.where(good, scaled.clamp(1e-3, 1e3), 1.0)
-
-    def remap(self, inverse: InverseHessian, shape: torch.Size) -> None:
-        """Take another H₀."""
-        problems = len(self.changes)
-        self.mapped = inverse.apply(self.changes.view(problems, _MEMORY, *shape)).flatten(2)
-        self.change_mapped = self.changes @ self.mapped.transpose(1, 2)
-
-    def multiply(self, gradient: Tensor, mapped: Tensor) -> Tensor:
-        """The learned inverse Hessian times ``gradient [A, K·R]``; ``mapped`` is H₀ times the same."""
-        base = self.gamma[:, None] * mapped
-        used = len(self.order)
-        if not used:
-            return base
-        # Slots are taken in order, so the first ``used`` are those that hold something.
-        steps, changes, mapped_changes = self.steps[:, :used], self.changes[:, :used], self.mapped[:, :used]
-        order = torch.tensor(self.order, device=gradient.device)
-        small = self.step_change[:, order][:, :, order]
-        curvature = small.diagonal(dim1=1, dim2=2).clone()
-        upper = small.triu()
-        upper.diagonal(dim1=1, dim2=2).add_((curvature == 0).to(upper.dtype))
-        along = (steps @ gradient[..., None])[:, order]
-        across = self.gamma[:, None, None] * (changes @ mapped[..., None])[:, order]
-        inner = torch.linalg.solve_triangular(upper, along, upper=True)
-        middle = curvature[..., None] * inner + self.gamma[:, None, None] * (
-            self.change_mapped[:, order][:, :, order] @ inner
-        )
-        outer = torch.linalg.solve_triangular(upper.transpose(1, 2), middle - across, upper=False)
-        weights_s, weights_y = torch.zeros_like(steps[..., :1]), torch.zeros_like(steps[..., :1])
-        weights_s[:, order], weights_y[:, order] = outer, inner
-        out = base + (steps.transpose(1, 2) @ weights_s)[..., 0]
-        return out - self.gamma[:, None] * (mapped_changes.transpose(1, 2) @ weights_y)[..., 0]
-
-
-@dataclass
 class _Working:
     """Everything held for the problems still at work; first dimension A.
 
@@ -186,7 +96,7 @@ class _Working:
     reference: Tensor
     flat: Tensor
     inverse: InverseHessian
-    memory: _Memory
+    memory: Memory
 
     def keep(self, mask: Tensor) -> None:
         for name in self.__dataclass_fields__:
@@ -205,7 +115,8 @@ def _norm(gradient: Tensor, inverse: Tensor) -> Tensor:
 class Minimisation:
     """The problems ``which [A]`` of one objective on their way from ``start [A, K, R]``, one iteration at a time.
 
-    ``at_null``: the start is the null model, of which logits and gradient are known without a product.
+    ``at_null``: the start is the null model, of which logits and gradient are known without a product. ``pairs``: what
+    was learned of the same curvature before; ``learned``: where to put what is known of it in the end.
 
     A problem is done when the norm of its gradient (in the metric of the bounding preconditioner) is at most
     ``tolerance`` times the norm at the null model and its objective is estimated to be within 3 % of ``tolerance``
@@ -220,6 +131,8 @@ class Minimisation:
         max_iterations: int,
         which: Tensor,
         at_null: bool = False,
+        pairs: Pairs | None = None,
+        learned: Pairs | None = None,
     ) -> None:
         self.objective, self.tolerance, self.max_iterations = objective, tolerance, max_iterations
         logits = objective.null_logits(start, which) if at_null else objective.logits(start, which)
@@ -235,6 +148,10 @@ class Minimisation:
         self._converged = torch.ones_like(which, dtype=torch.bool)
         self._scale = reference.clamp_min(torch.finfo(torch.float64).tiny)
         inverse = objective.inverse_hessian(logits, which)
+        memory = Memory.empty(len(which), start[0].numel(), start.device)
+        if pairs is not None:
+            memory.recall(pairs, inverse)
+        self._learned = learned
         self._work = _Working(
             torch.arange(len(which), device=start.device),
             which,
@@ -247,7 +164,7 @@ class Minimisation:
             reference,
             torch.zeros_like(which),
             inverse,
-            _Memory.empty(len(which), start[0].numel(), start.device),
+            memory,
         )
         self._iteration = 0
 
@@ -266,6 +183,8 @@ class Minimisation:
             self._theta[out], self._values[out] = work.theta[leaving], work.value[leaving]
             self._norms[out] = size_now[leaving]
             self._iterations[out], self._converged[out] = self._iteration, done[leaving]
+            if self._learned is not None:
+                work.memory.store(self._learned, out, leaving)
             work.keep(~leaving)
             direction, slope = direction[~leaving], slope[~leaving]
         if len(work.which) == 0:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from trace_offline.core.errors import UsageError
-from trace_offline.estimators.lbfgs import Minimisation, minimise
+from trace_offline.estimators.lbfgs import Minimisation, Pairs, minimise
 from trace_offline.estimators.rotation import Directions, design_of
 from trace_offline.estimators.softmax_block import ABSENT, Problem, SoftmaxBlock, blocks_of
 
@@ -45,6 +45,15 @@ WASTE_DEVICE = 3.0
 """The same on an accelerator, where small problems spend their time on starting operations."""
 
 
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """Curvature of one problem, found on the way to its optimum: pairs ``[m, K, R]`` along the columns of ``basis``."""
+
+    steps: Tensor
+    changes: Tensor
+    basis: Tensor
+
+
 @dataclass(frozen=True)
 class LogisticFit:
     """Solutions of P problems with K_p classes and D features.
@@ -52,7 +61,7 @@ class LogisticFit:
     ``weights`` P tensors ``[K_p, D]``, ``intercepts`` P tensors ``[K_p]`` (sum 0 over the classes that occur when
     features are centred), in the dtype of the solve; ``nll [P]`` mean training NLL in nats; ``objective [P]`` =
     nll + (λ/2)‖W‖²; ``penalty [P]``; ``iterations [P]``; ``gradient_norm [P]`` relative to the gradient of the
-    intercept-only model; ``converged [P]``.
+    intercept-only model; ``converged [P]``. ``learned``: of each problem, if it was asked for.
     """
 
     weights: tuple[Tensor, ...]
@@ -63,6 +72,7 @@ class LogisticFit:
     iterations: Tensor
     gradient_norm: Tensor
     converged: Tensor
+    learned: tuple[Learned | None, ...] = ()
 
     def log_probabilities(self, features: Tensor, problem: int) -> Tensor:
         """``features [m, D]`` → ``log p [m, K]`` of one problem."""
@@ -118,13 +128,16 @@ class LogisticProblems:
         max_iterations: int = 500,
         active: Tensor | None = None,
         exact: bool = True,
+        learn: bool = False,
     ) -> LogisticFit:
         """Minimise every problem at ``penalty`` λ (a number, or ``[P]``), warm from ``start`` when given.
 
         Stops a problem when its gradient, in the norm of the preconditioner, is ``tolerance`` times that of the
         intercept-only model, or when the objective no longer falls at this precision. ``active [P]`` (bool) leaves the
         other problems at their start. ``exact``: spend more on the curvature of small problems, which pays at tight
-        tolerances. Deterministic. Raises UsageError unless every λ > 0.
+        tolerances. ``learn``: keep what was learned of the curvature, for solves that start from this one, at another
+        penalty or on other rows: it does not change what they find. Deterministic. Raises UsageError unless every λ >
+        0.
         """
         count = len(self.problems)
         lam = torch.as_tensor(penalty, dtype=torch.float64, device=self.device).expand(count).clone()
@@ -137,16 +150,19 @@ class LogisticProblems:
             if len(which):
                 block.penalty, block.exact = lam[block.places], exact
                 first = self._start(block, which, start)
-                runs.append(Minimisation(block, first, tolerance, max_iterations, which, at_null=start is None))
-                ran.append((block, which))
+                known = None if start is None else self._recalled(block, which, start)
+                kept = Pairs.empty(first.shape, self.device) if learn else None
+                runs.append(Minimisation(block, first, tolerance, max_iterations, which, start is None, known, kept))
+                ran.append((block, which, kept))
         found = minimise(runs)
         whole = torch.zeros(count, dtype=torch.float64, device=self.device)
         fit = start or LogisticFit(
             (whole,) * count, (whole,) * count, whole, whole, whole, whole.long(), whole, whole.bool()
         )
         weights, intercepts = list(fit.weights), list(fit.intercepts)
+        learned = list(fit.learned or (None,) * count)
         numbers = {name: getattr(fit, name).clone() for name in _PER_PROBLEM}
-        for (block, which), minimum in zip(ran, found, strict=True):
+        for (block, which, kept), minimum in zip(ran, found, strict=True):
             places = torch.tensor(block.places, device=self.device)[which]
             theta = minimum.parameters
             ridge = 0.5 * lam[places] * theta[..., :-1].square().sum((-1, -2))
@@ -156,7 +172,32 @@ class LogisticProblems:
             numbers["converged"][places] = minimum.converged
             for place, w, b in zip(places.tolist(), *self._back(block, which, theta), strict=True):
                 weights[place], intercepts[place] = w.to(self.dtype), b.to(self.dtype)
-        return LogisticFit(tuple(weights), tuple(intercepts), **numbers)
+            for row, place in enumerate(places.tolist()):
+                learned[place] = None if kept is None else self._cut(block, place, kept, row)
+        return LogisticFit(tuple(weights), tuple(intercepts), **numbers, learned=tuple(learned))
+
+    def _cut(self, block: SoftmaxBlock, place: int, pairs: Pairs, row: int) -> Learned:
+        """What was learned of one problem, without the padding of its block."""
+        problem = self.problems[place]
+        design = self.designs[problem.design]
+        steps, changes = (block.cut(part[row, :, : problem.n_classes], design) for part in (pairs.steps, pairs.changes))
+        return Learned(steps, changes, design.basis)
+
+    def _recalled(self, block: SoftmaxBlock, which: Tensor, start: LogisticFit) -> Pairs | None:
+        """What ``start`` learned, at the penalties of now: the gradient of (λ/2)‖W‖² changes by λ times the step."""
+        found = None
+        for row, inside in enumerate(which.tolist()):
+            place, problem = block.places[inside], block.problems[inside]
+            learned = start.learned[place] if start.learned else None
+            if learned is None or learned.basis is not self.designs[problem.design].basis:
+                continue
+            if found is None:
+                shape = torch.Size((len(which), block.n_classes, block.width))
+                found = Pairs.empty(shape, self.device)
+            steps = found.steps[row, :, : problem.n_classes] = block.pad(learned.steps)
+            more = float(block.penalty[inside] - start.penalty[place]) * block.ridge.to(steps.dtype)
+            found.changes[row, :, : problem.n_classes] = block.pad(learned.changes) + more * steps
+        return found
 
     def _start(self, block: SoftmaxBlock, which: Tensor, start: LogisticFit | None) -> Tensor:
         """Parameters ``[A, K, R]`` in the rotated space."""
@@ -239,7 +280,7 @@ def fit_path(
         active = risen < patience
         if not bool(active.any()):
             break
-        running = problems.solve(penalty, running, tolerance, max_iterations, active, exact=False)
+        running = problems.solve(penalty, running, tolerance, max_iterations, active, exact=False, learn=True)
         score = _heldout_nll(problems, running, active, validation, validation_labels)
         better = score < best
         chosen = running if chosen is None else _choose(better, running, chosen)
@@ -282,7 +323,8 @@ def _choose(mask: Tensor, new: LogisticFit, old: LogisticFit) -> LogisticFit:
         name: torch.where(mask.to(getattr(new, name).device), getattr(new, name), getattr(old, name))
         for name in _PER_PROBLEM
     }
-    return replace(new, weights=weights, intercepts=intercepts, **numbers)
+    learned = tuple(a if use else b for use, a, b in zip(better, new.learned, old.learned, strict=True))
+    return replace(new, weights=weights, intercepts=intercepts, learned=learned, **numbers)
 
 
 def _check(features: Sequence[Tensor], problems: Sequence[Problem]) -> None:
