@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from bench_dimension_bias import manifold
 from common import alternating, load, result, save, versions
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from trace_offline.estimators.gride import gride, gride_scales
 from trace_offline.estimators.mle_dimension import mle_dimension
@@ -164,13 +164,15 @@ def large(row: Callable[..., dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    torch.set_num_threads(THREADS)
-    threadpool_limits(THREADS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tiny = manifold("curved", 300, TRUE, 1, width=WIDTH)
         # what is imported and compiled on first use
         peer_set(tiny), dadapy_twonn(tiny), our_set(torch.from_numpy(tiny))
+    # After that: a limit holds for libraries that are loaded.
+    torch.set_num_threads(THREADS)
+    threadpool_limits(THREADS)
+    assert all(library["num_threads"] == THREADS for library in threadpool_info())
     where = {"threads": THREADS, "d": WIDTH, "versions": versions(*LIBRARIES)}
 
     def row(case: str, ours: float, product: float, **more: Any) -> dict[str, Any]:

@@ -36,9 +36,12 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "2"
 
+# Libraries first: a limit on threads holds for what is loaded by then.
 import numpy as np
 import torch
 from common import load, median_seconds, result, save, versions
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 from threadpoolctl import threadpool_limits
 
 SERIES = Path(__file__).parents[1] / "data"
@@ -86,8 +89,6 @@ def pass_seconds() -> float:
 
 def fits() -> list[dict[str, Any]]:
     """One row for each kind of features and labels."""
-    from sklearn.linear_model import LogisticRegression
-
     one_pass = pass_seconds()
     watched_fit(*drawn("standardised", "easy", 0), 1.0)
     rows = []
@@ -274,9 +275,6 @@ def ours(table: torch.Tensor, prepared: list[Any]) -> tuple[float, Any]:
 
 def by_sklearn(table: torch.Tensor, ready: Any, fit: Any, first: int) -> tuple[float, list[float]]:
     """CPU seconds of the loop, and ours/theirs of the objective wherever both chose the same penalty."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import log_loss
-
     from trace_offline.analyzers._probe_fit import standardise
     from trace_offline.estimators.splits import Part
 

@@ -18,8 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# A limit on threads holds for libraries that are loaded by then.
 import numpy as np
+import skdim
 import torch
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
+from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch.nn import functional
 
@@ -133,10 +139,6 @@ def outputs(logits: torch.Tensor, data: Data) -> dict[str, Any]:
 
 def probes(hidden: Sequence[torch.Tensor], data: Data) -> dict[str, Any]:
     """One probe for each task, layer and label set: penalty by validation loss, refit, scores on the test words."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
-    from sklearn.preprocessing import StandardScaler
-
     found: dict[str, Any] = {}
     for name, task in data.tasks.items():
         train, validation, test = (np.flatnonzero(task.part == part) for part in range(3))
@@ -167,9 +169,6 @@ def probes(hidden: Sequence[torch.Tensor], data: Data) -> dict[str, Any]:
 
 
 def dimensions(hidden: Sequence[torch.Tensor], data: Data) -> dict[int, Any]:
-    import skdim
-    from sklearn.decomposition import PCA
-
     found = {}
     for layer, states in enumerate(hidden):
         points = np.unique(states[data.points].numpy(), axis=0)
