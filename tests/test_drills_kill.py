@@ -187,7 +187,8 @@ def test_ctrl_c_twice_stops_now_and_keeps_what_was_finished(
 @pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_ctrl_c_once_and_again_until_all_is_done(small_series: SmallSeries, tmp_path: Path, jobs: int) -> None:
-    drill, run, store = Drill(tmp_path / "drill", {"DRILL_PAUSE": "0.1"}), tmp_path / "run", tmp_path / "s.duckdb"
+    # Slow enough that a signal sent after the first analysis comes before the last, on a busy machine too.
+    drill, run, store = Drill(tmp_path / "drill", {"DRILL_PAUSE": "0.4"}), tmp_path / "run", tmp_path / "s.duckdb"
     shutil.copytree(small_series.run, run)
     save_steps(run, range(10, 18))
     witness, codes, there = Witness(store, drill), [], 0

@@ -177,7 +177,8 @@ def test_what_goes_wrong_beside_a_gpu_costs_itself(
     assert (bad["step"], bad["analyzer"], bad["status"]) == (1, "second", "crashed"), bad
     assert said in bad["message"]
     assert len(contents(Store.open(store))) == 8
-    assert all(times == 1 for (_, step), times in drill.ran().items() if step == 0)
+    # With two workers the other one may be at a task of step 0, which ends with the pool and runs once more.
+    assert all(times <= jobs for (_, step), times in drill.ran().items() if step == 0)
 
 
 @pytest.mark.slow
