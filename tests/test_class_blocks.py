@@ -133,7 +133,7 @@ def test_compact_form_equals_the_two_loop_recursion(pairs: int) -> None:
     root = torch.randn(2, size, size, dtype=torch.float64, generator=generator)
     matrix = root @ root.transpose(1, 2) + torch.eye(size, dtype=torch.float64)
     h0 = torch.rand(2, size, dtype=torch.float64, generator=generator) + 0.5
-    memory = Memory.empty(2, size, torch.device("cpu"))
+    memory = Memory.empty(2, size, torch.float64, torch.device("cpu"))
     kept: list[tuple[Tensor, Tensor]] = []
     for _ in range(pairs):
         step = torch.randn(2, size, dtype=torch.float64, generator=generator)
@@ -154,7 +154,7 @@ def test_compact_form_equals_the_two_loop_recursion(pairs: int) -> None:
 
 
 def test_pairs_without_curvature_are_refused() -> None:
-    memory = Memory.empty(1, 4, torch.device("cpu"))
+    memory = Memory.empty(1, 4, torch.float64, torch.device("cpu"))
     ones = torch.ones(1, 4, dtype=torch.float64)
     memory.add(ones, -ones, -ones)
     torch.testing.assert_close(memory.multiply(ones, 2.0 * ones), 2.0 * ones)

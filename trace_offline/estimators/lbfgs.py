@@ -148,7 +148,7 @@ class Minimisation:
         self._converged = torch.ones_like(which, dtype=torch.bool)
         self._scale = reference.clamp_min(torch.finfo(torch.float64).tiny)
         inverse = objective.inverse_hessian(logits, which)
-        memory = Memory.empty(len(which), start[0].numel(), start.device)
+        memory = Memory.empty(len(which), start[0].numel(), logits.dtype, start.device)
         if pairs is not None:
             memory.recall(pairs, inverse)
         self._learned = learned

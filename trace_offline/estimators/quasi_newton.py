@@ -39,7 +39,8 @@ class Pairs:
 
 @dataclass
 class Memory:
-    """Pairs s (step) and y (change of gradient) ``[A, m, K·R]``, H₀y likewise, and their products ``[A, m, m]``.
+    """Pairs s (step) and y (change of gradient) ``[A, m, K·R]``, H₀y likewise, in the number type of the wide products
+    (they make directions, nothing that is reported); their products ``[A, m, m]`` in float64.
 
     An unused or refused slot holds zeros, and drops out by itself. ``order``: slots from the oldest to the newest.
     """
@@ -53,23 +54,24 @@ class Memory:
     order: list[int]
 
     @classmethod
-    def empty(cls, problems: int, size: int, device: torch.device) -> Memory:
+    def empty(cls, problems: int, size: int, dtype: torch.dtype, device: torch.device) -> Memory:
         """Of problems that have ``size`` parameters each."""
-        vectors = torch.zeros(3, problems, MEMORY, size, dtype=torch.float64, device=device)
+        vectors = torch.zeros(3, problems, MEMORY, size, dtype=dtype, device=device)
         products = torch.zeros(2, problems, MEMORY, MEMORY, dtype=torch.float64, device=device)
         ones = torch.ones(problems, dtype=torch.float64, device=device)
         return cls(vectors[0], vectors[1], vectors[2], products[0], products[1], ones, [])
 
     def recall(self, pairs: Pairs, inverse: InverseHessian) -> None:
         """Begin with ``pairs``, with ``inverse`` as H₀."""
-        steps, changes = pairs.steps.double().flatten(2), pairs.changes.double().flatten(2)
+        kind = self.steps.dtype
+        steps, changes = pairs.steps.to(kind).flatten(2), pairs.changes.to(kind).flatten(2)
         product = torch.linalg.vecdot(steps, changes)
         floor = 1e-12 * torch.linalg.vector_norm(steps, dim=2) * torch.linalg.vector_norm(changes, dim=2)
         use = (product > floor)[..., None]
         self.steps, self.changes, self.order = steps * use, changes * use, list(range(MEMORY))
-        self.step_change = self.steps @ self.changes.transpose(1, 2)
+        self.step_change = (self.steps @ self.changes.transpose(1, 2)).double()
         self.remap(inverse, pairs.steps.shape[2:])
-        scaled = product[:, -1] / self.change_mapped[:, -1, -1].clamp_min(1e-300)
+        scaled = product[:, -1].double() / self.change_mapped[:, -1, -1].clamp_min(1e-300)
         self.gamma = torch.where(use[:, -1, 0], scaled.clamp(1e-3, 1e3), 1.0)
 
     def store(self, where: Pairs, places: Tensor, mask: Tensor) -> None:
@@ -106,7 +108,8 @@ class Memory:
         slot = self.order.pop(0) if len(self.order) == MEMORY else len(self.order)
         self.order.append(slot)
         use = good.to(step.dtype)[:, None]
-        step, change, mapped = step * use, change * use, mapped * use
+        kind = self.steps.dtype
+        step, change, mapped = (step * use).to(kind), (change * use).to(kind), (mapped * use).to(kind)
         self.steps[:, slot], self.changes[:, slot], self.mapped[:, slot] = step, change, mapped
         used = len(self.order)
         self.step_change[:, slot, :used] = (self.changes[:, :used] @ step[..., None])[..., 0]
@@ -119,8 +122,9 @@ class Memory:
     def remap(self, inverse: InverseHessian, shape: torch.Size) -> None:
         """Take another H₀."""
         problems = len(self.changes)
-        self.mapped = inverse.apply(self.changes.view(problems, MEMORY, *shape)).flatten(2)
-        self.change_mapped = self.changes @ self.mapped.transpose(1, 2)
+        mapped = inverse.apply(self.changes.double().view(problems, MEMORY, *shape)).flatten(2)
+        self.mapped = mapped.to(self.changes.dtype)
+        self.change_mapped = (self.changes @ self.mapped.transpose(1, 2)).double()
 
     def multiply(self, gradient: Tensor, mapped: Tensor) -> Tensor:
         """The learned inverse Hessian times ``gradient [A, K·R]``; ``mapped`` is H₀ times the same."""
@@ -135,14 +139,15 @@ class Memory:
         curvature = small.diagonal(dim1=1, dim2=2).clone()
         upper = small.triu()
         upper.diagonal(dim1=1, dim2=2).add_((curvature == 0).to(upper.dtype))
-        along = (steps @ gradient[..., None])[:, order]
-        across = self.gamma[:, None, None] * (changes @ mapped[..., None])[:, order]
+        kind = steps.dtype
+        along = (steps @ gradient[..., None].to(kind))[:, order].double()
+        across = self.gamma[:, None, None] * (changes @ mapped[..., None].to(kind))[:, order]
         inner = torch.linalg.solve_triangular(upper, along, upper=True)
         middle = curvature[..., None] * inner + self.gamma[:, None, None] * (
             self.change_mapped[:, order][:, :, order] @ inner
         )
         outer = torch.linalg.solve_triangular(upper.transpose(1, 2), middle - across, upper=False)
         weights_s, weights_y = torch.zeros_like(steps[..., :1]), torch.zeros_like(steps[..., :1])
-        weights_s[:, order], weights_y[:, order] = outer, inner
+        weights_s[:, order], weights_y[:, order] = outer.to(kind), inner.to(kind)
         out = base + (steps.transpose(1, 2) @ weights_s)[..., 0]
         return out - self.gamma[:, None] * (mapped_changes.transpose(1, 2) @ weights_y)[..., 0]
