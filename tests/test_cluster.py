@@ -103,12 +103,12 @@ def threads_of(work: Unit) -> list[Outcome]:
 
 
 @pytest.mark.slow
-def test_a_unit_has_the_threads_of_its_worker_and_the_run_is_told_how_many_there_are() -> None:
+def test_a_unit_has_the_threads_of_its_worker_and_the_run_is_told_how_many_there_are(tmp_path: Path) -> None:
     from trace_offline.engine.cluster import run_dask
 
     told: list[int] = []
     with distributed.LocalCluster(
-        n_workers=1, threads_per_worker=3, processes=False, dashboard_address=None
+        n_workers=1, threads_per_worker=3, processes=False, dashboard_address=None, local_directory=str(tmp_path)
     ) as cluster:
         ended = list(run_dask(iter([unit(0, ("loss",))]), threads_of, cluster.scheduler_address, None, told.append))
     assert [[outcome.message for outcome in outcomes] for _, outcomes in ended] == [["3"]]
