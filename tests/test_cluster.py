@@ -32,7 +32,7 @@ def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     tests = str(Path(__file__).parent)
     os.environ["PYTHONPATH"] = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
     with (
-        dask.config.set({"distributed.scheduler.allowed-failures": 1}),
+        dask.config.set({"distributed.scheduler.allowed-failures": 1, "temporary-directory": str(folder)}),
         distributed.LocalCluster(
             n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, local_directory=str(folder)
         ) as cluster,
@@ -104,12 +104,15 @@ def threads_of(work: Unit) -> list[Outcome]:
 
 @pytest.mark.slow
 def test_a_unit_has_the_threads_of_its_worker_and_the_run_is_told_how_many_there_are(tmp_path: Path) -> None:
+    import dask
+
     from trace_offline.engine.cluster import run_dask
 
     told: list[int] = []
-    with distributed.LocalCluster(
-        n_workers=1, threads_per_worker=3, processes=False, dashboard_address=None, local_directory=str(tmp_path)
-    ) as cluster:
+    with (
+        dask.config.set({"temporary-directory": str(tmp_path)}),
+        distributed.LocalCluster(n_workers=1, threads_per_worker=3, processes=False, dashboard_address=None) as cluster,
+    ):
         ended = list(run_dask(iter([unit(0, ("loss",))]), threads_of, cluster.scheduler_address, None, told.append))
     assert [[outcome.message for outcome in outcomes] for _, outcomes in ended] == [["3"]]
     assert set(told) == {1}

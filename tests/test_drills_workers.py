@@ -253,8 +253,8 @@ def test_dask_with_a_worker_that_always_dies_on_one_checkpoint(
         monkeypatch.syspath_prepend(folder)
     ways: Any = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
     with (
-        dask.config.set({"distributed.scheduler.allowed-failures": 1}),
-        distributed.LocalCluster(**ways, local_directory=str(tmp_path / "dask")) as cluster,
+        dask.config.set({"distributed.scheduler.allowed-failures": 1, "temporary-directory": str(tmp_path / "dask")}),
+        distributed.LocalCluster(**ways) as cluster,
     ):
         address = cluster.scheduler_address
         process = drill.command(run, small_series.evaluation, store, "--executor", "dask", "--scheduler", address)
