@@ -260,3 +260,28 @@ def test_threads_are_cores_over_jobs_and_never_more_than_the_user_allows(monkeyp
     for asked, threads in (("1", 1), ("3", 3), ("99", 4), ("", 4), ("many", 4), ("0", 4)):
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
         assert options.choose_jobs(2, 0, 1000) == (2, threads)
+
+
+def test_a_run_over_dask_tells_downloads_and_time_left_how_many_workers_there_are(
+    small_series: SmallSeries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trace_offline.engine import cluster
+    from trace_offline.engine.downloads import Downloads
+
+    def three(units: Any, body: Any, address: Any, timeout: Any, staffed: Any) -> Any:
+        staffed(3)
+        for unit in units:
+            yield unit, body(unit)
+
+    downloads: list[int] = []
+    costs: list[int] = []
+    left = Costs.seconds_left
+    monkeypatch.setattr(cluster, "run_dask", three)
+    monkeypatch.setattr(Downloads, "staffed", lambda self, jobs: downloads.append(jobs))
+    monkeypatch.setattr(Costs, "seconds_left", lambda self: (costs.append(self.jobs), left(self))[1])
+    options: dict[str, Any] = {"executor": "dask", "scheduler": "tcp://127.0.0.1:1", "jobs": 1}
+    store = tmp_path / "s.duckdb"
+    assert analyze(small_series.run, small_series.evaluation, store, analyzers=("loss",), **options).exit_code == 0
+    assert downloads == [3]
+    assert costs
+    assert set(costs) == {3}
