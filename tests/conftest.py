@@ -53,3 +53,12 @@ def small_series(tmp_path_factory: pytest.TempPathFactory) -> SmallSeries:
     words = [(row, "parity", t, t + 1, "odd" if ids[row, t] % 2 else "even") for row in range(40) for t in range(14)]
     save_evaluation_set(root / "evaluation", ids, annotations=words, name="small")
     return SmallSeries(root / "run", root / "evaluation")
+
+
+def measured(store: Path, analyzer: str) -> list[int]:
+    """Steps with a number of the analyzer, in order."""
+    from trace_offline import Store
+
+    sql = "select distinct step from history where analyzer = ? order by step"
+    found: list[int] = Store.open(store).sql(sql, [analyzer]).column(0).to_pylist()
+    return found

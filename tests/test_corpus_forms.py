@@ -1,4 +1,4 @@
-"""The five file forms: round trips, files of ABSynth written by hand, evaluation sets from each, inspection."""
+"""The five file forms: round trips, files of ABSynth written by hand, evaluation sets from each."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import tracemalloc
 from collections import Counter
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
+from corpus_files import BY_HAND, FULL_RECORD, LABELS, READ, RUN, write
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
 from trace_offline.cli.main import app
 from trace_offline.core.errors import UsageError
@@ -21,115 +19,13 @@ from trace_offline.corpus import (
     AnnotatedSentence,
     CorpusParams,
     LexiconParams,
-    fit_zipf,
     generate,
     generate_to_file,
     origin_path,
-    read_jsonl,
     read_origin,
 )
-from trace_offline.corpus.forms import FORMS, Argument, PlainSentence, carried, read_corpus, read_metadata, write_corpus
-from trace_offline.corpus.inspection import inspect_corpus
-from trace_offline.corpus.sampling import zipf_probabilities
-from trace_offline.corpus.statistics import fit_zipf_by_count
+from trace_offline.corpus.forms import FORMS, carried, read_corpus, read_metadata, write_corpus
 from trace_offline.evaluation.evaluation_set import EvaluationSet
-
-RUN = CliRunner()
-
-# Files as ABSynth writes them, by hand from a description of its formats.
-FULL_RECORD = {
-    "sentence": "noun271 motion_verb19s preposition5 location108 preposition10 location141",
-    "semantic_roles": {
-        "arg0": {"word": "noun271", "role": "Theme", "position": 0},
-        "arg1": {"word": "location108", "role": "Source", "position": 3},
-        "arg2": {"word": "location141", "role": "Goal", "position": 5},
-    },
-    "semantics": "∃e.motion(e) ∧ Theme(e, noun271) ∧ Source(e, location108) ∧ Goal(e, location141)",
-    "linguistic_annotations": {
-        "pos_tags": ["NN", "VB", "IN", "NN", "IN", "NN"],
-        "semantic_roles": {"noun271": "Theme", "location108": "Source", "location141": "Goal"},
-        "formal_semantics": "λx0 x3 x5.∃e.motion(e) ∧ Theme(x0) ∧ Source(x3) ∧ Goal(x5)",
-    },
-    "metadata": {
-        "complexity": "medium",
-        "frame": "motion",
-        "template": {
-            "frame": "motion",
-            "args": ["arg0", "verb", "prep", "arg1", "prep", "arg2"],
-            "roles": {"arg0": "Theme", "arg1": "Source", "arg2": "Goal"},
-            "weight": 0.15,
-        },
-        "length": 6,
-        "entropy_profile": [9.434, 9.43, 9.432, 9.438, 9.431, 9.433],
-        "avg_entropy": 9.433,
-    },
-    "corpus_metadata": {"target_frame": "transitive_action", "sentence_id": 994},
-}
-TIMED = {
-    "sentence": "temporal11 noun248 transitive_verb8s noun248",
-    "semantic_roles": {
-        "arg_time": {"word": "temporal11", "role": "Time", "position": 0},
-        "arg0": {"word": "noun248", "role": "Agent", "position": 1},
-        "arg1": {"word": "noun248", "role": "Patient", "position": 3},
-    },
-    "semantics": "∃e.temporal_action(e) ∧ Time(e, temporal11) ∧ Agent(e, noun248) ∧ Patient(e, noun248)",
-}
-BY_HAND: dict[str, Any] = {
-    "absynth": {
-        "corpus": [FULL_RECORD],
-        "metadata": {"generation_params": {"num_sentences": 1}, "template_usage": {}},
-        "statistics": {},
-    },
-    "semantic_annotations": [TIMED | {"frame": "temporal_action"}],
-    "sentences_only": ["noun44 transitive_verb34s noun210", "noun3 intransitive_verb2s"],
-    "v1": [
-        {
-            "sentence": "noun1781 TRANSITIVE_VERB8 noun1597 preposition59 location594",
-            "semantics": "∃e (Agent(e, noun1781) ∧ Patient(e, noun1597))",
-        }
-    ],
-}
-READ = {
-    "absynth": [
-        PlainSentence(
-            ("noun271", "motion_verb19s", "preposition5", "location108", "preposition10", "location141"),
-            ("NN", "VB", "IN", "NN", "IN", "NN"),
-            (Argument("Theme", "noun271", 0), Argument("Source", "location108", 3), Argument("Goal", "location141", 5)),
-            "motion",
-            "medium",
-        )
-    ],
-    "semantic_annotations": [
-        PlainSentence(
-            ("temporal11", "noun248", "transitive_verb8s", "noun248"),
-            None,
-            (Argument("Time", "temporal11", 0), Argument("Agent", "noun248", 1), Argument("Patient", "noun248", 3)),
-            "temporal_action",
-        )
-    ],
-    "sentences_only": [
-        PlainSentence(("noun44", "transitive_verb34s", "noun210")),
-        PlainSentence(("noun3", "intransitive_verb2s")),
-    ],
-    "v1": [
-        PlainSentence(
-            ("noun1781", "TRANSITIVE_VERB8", "noun1597", "preposition59", "location594"),
-            arguments=(Argument("Agent", "noun1781", None), Argument("Patient", "noun1597", None)),
-        )
-    ],
-}
-# What an evaluation set has to hold: (task, word, label).
-LABELS = {
-    "absynth": {("role", "noun271", "Theme"), ("role", "location141", "Goal"), ("pos", "motion_verb19s", "VB")},
-    "semantic_annotations": {("role", "temporal11", "Time"), ("role", "noun248", "Patient")},
-    "sentences_only": set(),
-    "v1": {("role", "noun1781", "Agent"), ("role", "noun1597", "Patient")},
-}
-
-
-def write(path: Path, content: Any, **how: Any) -> Path:
-    path.write_text(json.dumps(content, ensure_ascii=False, **how), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -362,135 +258,6 @@ def test_wrong_options_are_explained(tmp_path: Path, options: list[str], message
     assert isinstance(done.exception, UsageError)
     assert message in str(done.exception)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture(scope="module")
-def inspected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    path = tmp_path_factory.mktemp("inspected") / "c.jsonl"
-    generate_to_file(path, 6000, 5, CorpusParams(noun_adjective=0.6, entropy=4.0))
-    done = RUN.invoke(app, ["corpus", "inspect", str(path), "--json"])
-    assert done.exit_code == 0, (done.output, done.exception)
-    return path, json.loads(done.stdout)
-
-
-def test_inspection_counts_what_is_there(inspected: tuple[Path, dict[str, Any]]) -> None:
-    path, found = inspected
-    sentences = list(read_jsonl(path))
-    assert (found["form"], found["sentences"]) == ("jsonl", 6000)
-    assert found["distinct_sentences"] == len({s.words for s in sentences})
-    assert found["words"] == sum(len(s.words) for s in sentences)
-    assert found["word_types"] == len({w for s in sentences for w in s.words})
-    lengths = [len(s.words) for s in sentences]
-    assert (found["length"]["min"], found["length"]["max"]) == (min(lengths), max(lengths))
-    assert found["length"]["mean"] == pytest.approx(sum(lengths) / 6000)
-    assert {int(k): v for k, v in found["length"]["counts"].items()} == Counter(lengths)
-    counts = {
-        "complexity": Counter(s.complexity for s in sentences),
-        "frames": Counter(s.frame for s in sentences),
-        "clause_frames": Counter(c.frame for s in sentences for c in s.clauses),
-        "roles": Counter(role for s in sentences for role in s.roles if role),
-        "pos": Counter(tag for s in sentences for tag in s.pos),
-    }
-    for name, expected in counts.items():
-        assert {each: row["count"] for each, row in found[name].items()} == expected
-        assert sum(row["share"] for row in found[name].values()) == pytest.approx(1.0)
-    attracted = sum(c.attractors > 0 for s in sentences for c in s.clauses)
-    assert found["clauses_with_attractors"] == attracted / sum(len(s.clauses) for s in sentences)
-
-
-def test_inspection_measures_what_was_asked(inspected: tuple[Path, dict[str, Any]]) -> None:
-    _, found = inspected
-    noun = found["zipf"]["noun"]
-    assert noun["ranks"] == "lexicon"
-    assert abs(noun["value"] - noun["asked"]) < 4 * noun["stderr"]
-    bits = found["entropy"]["content word given its list"]
-    assert bits["asked"] == pytest.approx(bits["expected"]) == 4.0
-    assert abs(bits["value"] - 4.0) < 4 * bits["stderr"]
-    for kind, asked in (("noun_adjective", 0.6), ("verb_noun", 0.0), ("verb_adverb", 0.0)):
-        row = found["collocations"][kind]
-        assert row["strength"]["asked"] == asked
-        assert abs(row["strength"]["value"] - asked) < 4 * row["strength"]["stderr"]
-        assert abs(row["bits"]["value"] - row["bits"]["expected"]) < 4 * row["bits"]["stderr"]
-        values = [each["pmi"] for each in row["strongest"]]
-        assert values == sorted(values, reverse=True)
-        assert all(each["count"] >= 10 and len(each["words"]) == 2 for each in row["strongest"])
-    assert found["parameters"]["seed"] == 5
-
-
-def test_inspection_without_parameters_ranks_words_by_count(
-    inspected: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
-    path, known = inspected
-    bare = tmp_path / "bare.jsonl"
-    bare.write_bytes(path.read_bytes())
-    found = inspect_corpus(bare)
-    assert found["parameters"] is None
-    noun = found["zipf"]["noun"]
-    assert noun["ranks"] == "by count"
-    assert abs(noun["value"] - known["zipf"]["noun"]["value"]) < 0.03
-    assert found["collocations"]["noun_adjective"]["bits"]["value"] == pytest.approx(
-        known["collocations"]["noun_adjective"]["bits"]["value"]
-    )
-    assert "strength" not in found["collocations"]["noun_adjective"]
-    origin_path(bare).write_bytes(origin_path(path).read_bytes().replace(b'"lexicon_seed": 0', b'"lexicon_seed": 1'))
-    with pytest.raises(UsageError, match="are not those it was made with"):
-        inspect_corpus(bare)
-
-
-def test_repeated_sentences_are_counted(tmp_path: Path) -> None:
-    path = write(tmp_path / "c.json", ["a b", "a b", "c", "a b"])
-    found = inspect_corpus(path)
-    assert (found["sentences"], found["distinct_sentences"]) == (4, 2)
-    assert found["roles"] is None
-    assert found["collocations"] is None
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_can_be_inspected(tmp_path: Path, form: str) -> None:
-    path = tmp_path / "c"
-    generate_to_file(path, 3000, 0, form=form)
-    found = inspect_corpus(path)
-    assert found["form"] == form
-    json.dumps(found, allow_nan=False)
-    sentences = list(islice(generate(0), 3000))
-    roles = Counter(role for s in sentences for role in s.roles if role)
-    assert (found["roles"] is None) == (form == "sentences_only")
-    if form != "sentences_only":
-        assert {name: row["count"] for name, row in found["roles"].items()} == roles
-    assert (found["pos"] is not None) == (form in ("jsonl", "absynth"))
-    assert (found["complexity"] is not None) == (form in ("jsonl", "absynth"))
-    assert (found["frames"] is not None) == (form in ("jsonl", "absynth", "semantic_annotations"))
-    shown = RUN.invoke(app, ["corpus", "inspect", str(path)])
-    assert shown.exit_code == 0, (shown.output, shown.exception)
-    assert f"({form})" in shown.stdout
-    assert "3000 sentences" in shown.stdout
-    assert "Zipf exponent:" in shown.stdout
-
-
-@pytest.mark.parametrize("form", BY_HAND)
-def test_files_by_hand_can_be_inspected(tmp_path: Path, form: str) -> None:
-    path = write(tmp_path / "c.json", BY_HAND[form])
-    shown = RUN.invoke(app, ["corpus", "inspect", str(path)])
-    assert shown.exit_code == 0, (shown.output, shown.exception)
-    assert json.loads(RUN.invoke(app, ["corpus", "inspect", str(path), "--json"]).stdout)["form"] == form
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    failed = RUN.invoke(app, ["corpus", "inspect", str(tmp_path / "none.json")])
-    assert isinstance(failed.exception, UsageError)
-    assert "none.json: cannot read the corpus" in str(failed.exception)
-
-
-def test_ranks_by_count_are_unbiased_where_sorting_alone_is_not() -> None:
-    rng = np.random.default_rng(0)
-    for types, n, alpha in ((110, 5000, 0.5), (110, 5000, 1.0), (300, 1000, 0.3), (2000, 20_000, 1.5)):
-        samples = [rng.multinomial(n, zipf_probabilities(types, alpha)) for _ in range(8)]
-        fits = [fit_zipf_by_count(rng.permutation(sample)) for sample in samples]
-        spread = np.std([fit.alpha for fit in fits], ddof=1)
-        assert abs(np.mean([fit.alpha for fit in fits]) - alpha) < 0.03
-        assert 0.4 * spread < np.mean([fit.stderr for fit in fits]) < 2.5 * spread
-    ordered = np.sort(rng.multinomial(1000, zipf_probabilities(300, 0.3)))[::-1]
-    assert fit_zipf(ordered[ordered > 0]).alpha > 0.37  # what sorting alone makes of 0.3
 
 
 def test_sentences_are_annotated_alike_in_all_forms() -> None:

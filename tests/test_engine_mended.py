@@ -1,9 +1,7 @@
-"""What a careful reader broke: shards of chosen steps, reruns of parts, plug-ins that exit, readers that stay."""
+"""What a careful reader broke: plug-ins that exit, readers that stay, boards cut off, names that look alike."""
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -12,126 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SmallSeries
+from conftest import SmallSeries, measured
 
-from trace_offline import Store, UsageError, analyze, rerun
-from trace_offline.checkpoints.discover import discover, select
+from trace_offline import Store, analyze
 from trace_offline.core.beside import beside
-from trace_offline.core.errors import CheckpointError, StoreError
-from trace_offline.core.steps import parse_steps
+from trace_offline.core.errors import StoreError
 from trace_offline.core.types import AnalysisStatus, Checkpoint, CheckpointState, Outcome
 from trace_offline.engine import execution, executors
 from trace_offline.engine.analyze import analyze as run_analysis
 from trace_offline.engine.board import Board
 from trace_offline.engine.options import AnalyzeOptions, Shard
 from trace_offline.engine.progress import Silent
-from trace_offline.engine.removed import removed_since
 from trace_offline.engine.unit import AnalysisRequest, Unit, WorkSettings
-from trace_offline.engine.watch import Watch
 from trace_offline.store.connection import connection
 from trace_offline.store.writer import Writer
-
-
-def measured(store: Path, analyzer: str) -> list[int]:
-    """Steps with a number of the analyzer, in order."""
-    sql = "select distinct step from history where analyzer = ? order by step"
-    found: list[int] = Store.open(store).sql(sql, [analyzer]).column(0).to_pylist()
-    return found
-
-
-def six_steps(series: SmallSeries, folder: Path) -> Path:
-    """Steps 0, 1, 2, 4, 8 and 16."""
-    run = folder / "run"
-    shutil.copytree(series.run, run)
-    for step, like in ((8, "step0"), (16, "step1")):
-        shutil.copytree(run / like, run / f"step{step}")
-    for said in run.rglob("trace_offline.json"):
-        said.unlink()
-    return run
-
-
-def test_shards_of_chosen_steps_measure_each_of_them_once(small_series: SmallSeries, tmp_path: Path) -> None:
-    run = six_steps(small_series, tmp_path)
-    names = ("loss", "weight_change")
-    found = []
-    for index in (1, 2):
-        store = tmp_path / f"{index}.duckdb"
-        summary = analyze(
-            run, small_series.evaluation, store, analyzers=names, jobs=1, steps="1,4,16", shard=Shard(index, 2)
-        )
-        assert summary.exit_code == 0
-        found.append(measured(store, "loss"))
-    assert found == [[1, 16], [4]]
-    extracts = [{path.name for path in (tmp_path / f"{i}.extracts").rglob("*.safetensors")} for i in (1, 2)]
-    assert len(extracts[0] | extracts[1]) == 3  # of three different weights
-
-
-def test_rerun_repeats_the_steps_that_were_asked_for(small_series: SmallSeries, tmp_path: Path) -> None:
-    store = tmp_path / "s.duckdb"
-    analyze(small_series.run, small_series.evaluation, store, analyzers=("loss",), jobs=1, steps="1,4")
-    analyze(small_series.run, small_series.evaluation, store, analyzers=("weight_change",), jobs=1)
-    (again,) = rerun(store, "loss", jobs=1, force=True)
-    assert (again.ok, again.checkpoints) == (2, 2)
-    assert measured(store, "loss") == [1, 4]
-    # An analyzer that was never asked for measures where any was; steps that are named are measured in any case.
-    (other,) = rerun(store, "output", jobs=1)
-    assert measured(store, "output") == [0, 1, 2, 4]
-    assert other.checkpoints == 4
-    (named,) = rerun(store, "loss", jobs=1, steps="0")
-    assert named.ok == 1
-    assert measured(store, "loss") == [0, 1, 4]
-
-
-def test_rerun_says_when_nothing_of_it_is_left(small_series: SmallSeries, tmp_path: Path) -> None:
-    run, store = six_steps(small_series, tmp_path), tmp_path / "s.duckdb"
-    analyze(run, small_series.evaluation, store, analyzers=("loss",), jobs=1, steps="16")
-    shutil.rmtree(run / "step16")
-    with pytest.raises(UsageError, match=r'None of the checkpoints at which run "run" was measured is in .*--source'):
-        rerun(store, "loss", jobs=1)
-
-
-def hub_cache(series: SmallSeries, root: Path) -> Path:
-    """Steps 0, 1 and 2 as revisions step1, step2 and step4 of a repository in the hub's cache."""
-    folder = root / "models--org--name"
-    (folder / "refs").mkdir(parents=True)
-    for like, step in ((0, 1), (1, 2), (2, 4)):
-        commit = f"{step:040x}"
-        shutil.copytree(series.run / f"step{like}", folder / "snapshots" / commit)
-        (folder / "snapshots" / commit / "trace_offline.json").unlink(missing_ok=True)
-        (folder / "refs" / f"step{step}").write_text(commit)
-    return folder
-
-
-def test_rerun_repeats_every_pattern_of_revisions_once(small_series: SmallSeries, tmp_path: Path) -> None:
-    source, store = hub_cache(small_series, tmp_path), tmp_path / "s.duckdb"
-    for pattern in ("step1", "step[24]", "step[12]"):
-        analyze(source, small_series.evaluation, store, analyzers=("loss",), jobs=1, revisions=pattern)
-    assert measured(store, "loss") == [1, 2, 4]
-    summaries = rerun(store, "loss", jobs=1, force=True)
-    assert sum(item.ok for item in summaries) == 3
-    assert not any(item.problems for item in summaries)
-    finished = "select count(*), max(sequence) from analyses"
-    assert list(Store.open(store).sql(finished).to_pylist()[0].values()) == [3, 6]
-
-
-def test_rerun_starts_from_parameters_that_failed(
-    small_series: SmallSeries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = tmp_path / "s.duckdb"
-
-    def broken(*_: object, **__: object) -> None:
-        raise MemoryError("planned")
-
-    monkeypatch.setattr("trace_offline.analyzers.probe.ProbeAnalyzer.measure", broken)
-    first = analyze(
-        small_series.run, small_series.evaluation, store, analyzers=("probe",), jobs=1, steps="0",
-        params={"probe": {"max_words": 77}},
-    )  # fmt: skip
-    assert first.failed == 1
-    monkeypatch.undo()
-    (again,) = rerun(store, "probe", jobs=1)
-    assert again.ok == 1
-    assert Store.open(store).scalar("select distinct params->>'max_words' from history") == "77"
 
 
 def exits(self: Any, batch: Any) -> None:
@@ -348,101 +240,6 @@ def test_stores_whose_names_differ_after_a_dot_share_nothing(tmp_path: Path) -> 
     assert beside(tmp_path / "old.db", ".extracts").name == "old.extracts"
     (tmp_path / "old.duckdb").touch()  # no: of this one
     assert beside(tmp_path / "old.db", ".extracts").name == "old.db.extracts"
-
-
-def watching(series: SmallSeries, run: Path, store: Path, *analyzers: str, **rest: Any) -> Watch:
-    options = AnalyzeOptions(str(run), series.evaluation, store, analyzers, jobs=1, **rest)
-    return Watch(options, interval=0.01, quiet=0.0)
-
-
-def whole_series(series: SmallSeries, store: Path, *analyzers: str) -> Path:
-    analyze(series.run, series.evaluation, store, analyzers=analyzers, jobs=1)
-    return store
-
-
-COMPARED = "select * exclude (is_latest, checkpoint) from history where analyzer = 'weight_change' order by all"
-
-
-def test_watch_compares_a_series_that_is_complete(small_series: SmallSeries, tmp_path: Path) -> None:
-    store = tmp_path / "s.duckdb"
-    summary = watching(small_series, small_series.run, store, "weight_change").run()
-    assert (summary.ok, summary.exit_code) == (4, 0)
-    whole = whole_series(small_series, tmp_path / "whole.duckdb", "weight_change")
-    assert Store.open(store).sql(COMPARED).equals(Store.open(whole).sql(COMPARED))
-    again = watching(small_series, small_series.run, store, "weight_change").run()
-    assert (again.ok, again.failed) == (0, 0)
-
-
-@pytest.mark.parametrize("stopped", [False, True])
-def test_watch_compares_what_the_training_removed(
-    small_series: SmallSeries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool
-) -> None:
-    run, store = tmp_path / "run", tmp_path / "s.duckdb"
-    watch = watching(small_series, run, store, "loss", "weight_change")
-    coming = [0, 1, 2, 4]
-
-    def wait(seconds: float) -> None:
-        if coming:  # the training keeps its last checkpoint only
-            shutil.rmtree(run, ignore_errors=True)
-            shutil.copytree(small_series.run / f"step{coming[0]}", run / f"step{coming.pop(0)}")
-        else:
-            watch.quiet = 0.0
-            watch.stop.requested = stopped
-
-    watch.quiet = None
-    monkeypatch.setattr(watch, "_wait", wait)
-    summary = watch.run()
-    assert summary.exit_code == (130 if stopped else 0)
-    assert summary.problems == []
-    assert measured(store, "loss") == [0, 1, 2, 4]
-    whole = Store.open(whole_series(small_series, tmp_path / "whole.duckdb", "weight_change"))
-    exact = "select step, layer, component, metric, value from history where analyzer = 'weight_change' order by all"
-    assert Store.open(store).sql(exact).to_pylist() == whole.sql(exact).to_pylist()
-
-
-def test_watch_leaves_out_what_an_earlier_training_saved_into_the_folder(
-    small_series: SmallSeries, tmp_path: Path
-) -> None:
-    run, store = tmp_path / "run", tmp_path / "s.duckdb"
-    for begun, steps in ((1e9, (1, 2)), (1.1e9, (0, 1))):  # the second training has come to its step 1
-        shutil.rmtree(run, ignore_errors=True)
-        for step in steps:
-            folder = shutil.copytree(small_series.run / f"step{step}", run / f"step{step}")
-            for path in folder.iterdir():
-                os.utime(path, (begun + step, begun + step))
-        watching(small_series, run, store, "weight_change").run()
-    with Writer.open(store) as writer:
-        here = select(discover(str(run)))
-        assert removed_since(writer, "run", here) == []
-        os.rename(run / "step1", tmp_path / "step1")  # of the one that goes on
-        assert [item.step for item in removed_since(writer, "run", here[:1])] == [1]
-
-
-def test_watch_says_when_nothing_ever_came(small_series: SmallSeries, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"watch saw no checkpoint in .*nowhere.*--quiet.*trace-offline discover"):
-        watching(small_series, tmp_path / "nowhere", tmp_path / "s.duckdb", "loss").run()
-    assert not (tmp_path / "s.duckdb").exists()
-
-
-@pytest.mark.parametrize("analyzers", [("loss",), ("loss", "weight_change")])
-def test_watch_waits_for_the_steps_it_was_asked_for(
-    small_series: SmallSeries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, analyzers: tuple[str, ...]
-) -> None:
-    run, store = tmp_path / "run", tmp_path / "s.duckdb"
-    watch = watching(small_series, run, store, *analyzers, steps=parse_steps("2-9"))
-    watch.quiet = None
-    coming = [0, 1, 2, 4]
-
-    def wait(seconds: float) -> None:
-        if coming:
-            shutil.copytree(small_series.run / f"step{coming[0]}", run / f"step{coming.pop(0)}")
-        else:
-            watch.quiet = 0.0
-
-    monkeypatch.setattr(watch, "_wait", wait)
-    assert watch.run().exit_code == 0
-    assert measured(store, "loss") == [2, 4]
-    assert measured(store, "weight_change") == ([0, 1, 2, 4] if len(analyzers) > 1 else [])
 
 
 def test_an_extract_that_fails_where_nothing_is_compared_is_a_failure(
